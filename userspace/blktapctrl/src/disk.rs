@@ -12,7 +12,7 @@ use crate::slow_request::SlowRequest;
 use crate::state::DiskState;
 use crate::store;
 use control::stats::{Mirror, Stream};
-use control::supervisor::{Doing, Row};
+use control::supervisor::{PendingOperation, Row};
 use control::tapdisk::{self, Open};
 use control::{Code, Failure};
 use std::cell::{Cell, RefCell};
@@ -311,7 +311,7 @@ impl Disk {
 
     /// Returns the verb that has begun and is not done.
     #[must_use]
-    pub fn doing(&self) -> Option<Doing> {
+    pub fn doing(&self) -> Option<PendingOperation> {
         self.record.borrow().doing
     }
 

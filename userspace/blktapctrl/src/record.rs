@@ -7,8 +7,8 @@ mod peek;
 
 use crate::folder;
 use crate::image::Identity;
-use control::supervisor::{Doing, Mode, Policy};
-use control::tapdisk::{Open, Stamp};
+use control::supervisor::{Mode, PendingOperation, Policy};
+use control::tapdisk::{ImageStamp, Open};
 use control::{MarkName, Target};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -53,7 +53,7 @@ pub enum InactiveReason {
     /// Its guest was suspended.
     Suspended {
         /// How the image was left, if that is known.
-        stamp: Option<Stamp>,
+        stamp: Option<ImageStamp>,
     },
 }
 
@@ -288,7 +288,7 @@ pub struct Record {
     pub passed_on: Option<String>,
     /// The verb that has begun and is not done: a supervisor that finds one finishes it.
     #[serde(default)]
-    pub doing: Option<Doing>,
+    pub doing: Option<PendingOperation>,
     /// The image to which an unpause leads, if that is another one.
     #[serde(default)]
     pub next: Option<NextImage>,

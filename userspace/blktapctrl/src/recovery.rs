@@ -13,7 +13,7 @@ use crate::record::{DesiredState, PeekNext, Record, RecordPeek, UnreadRecord};
 use crate::registry::Registry;
 use crate::state::{DiskState, StateOwner};
 use crate::store::relative;
-use control::supervisor::{Doing, What, Which};
+use control::supervisor::{PendingOperation, What, Which};
 use control::tapdisk;
 use control::Failure;
 use std::path::{Path, PathBuf};
@@ -255,7 +255,7 @@ fn go_on(lifecycle: &Rc<Lifecycle>, disk: &Rc<Disk>, state: tapdisk::State, pid:
         let record = disk.record.borrow();
         (record.want, record.doing)
     };
-    if doing == Some(Doing::Destroy) {
+    if doing == Some(PendingOperation::Destroy) {
         return lifecycle.destroy_later(disk);
     }
     let lives = disk.process.borrow().is_some();

@@ -7,7 +7,7 @@ use crate::log::{self, tell, LogContext};
 use crate::record::DesiredState;
 use crate::registry::Registry;
 use crate::slow_request::News;
-use control::supervisor::{Hung, Kernel, What};
+use control::supervisor::{HungAction, Kernel, What};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
@@ -75,7 +75,7 @@ pub fn look(registry: &Registry, disk: &Disk) {
     if since < Duration::from_secs(policy.hung_after_s.into()) {
         disk.hung.set(false);
     } else if !disk.hung.replace(true) {
-        let killed = policy.hung == Hung::Kill;
+        let killed = policy.hung == HungAction::Kill;
         let what = What::Hung {
             pid: process.pid(),
             for_ms: since.as_millis().try_into().unwrap_or(u64::MAX),

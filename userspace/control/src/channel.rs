@@ -2,7 +2,7 @@
 //! A connection whose calls block.
 
 use crate::socket;
-use crate::wire::{encode, Decoder, Envelope, Outcome, Received, Refused};
+use crate::wire::{encode, Decoder, Envelope, Outcome, Received, RefusedMessage};
 use crate::{Code, Failure};
 use serde::de::DeserializeOwned;
 use serde::Serialize;
@@ -90,7 +90,7 @@ impl Channel {
     /// The next message, or why it is refused; `None` at the end.
     fn read<T: DeserializeOwned>(
         &mut self,
-    ) -> Result<Result<Option<Received<T>>, Refused>, Failure> {
+    ) -> Result<Result<Option<Received<T>>, RefusedMessage>, Failure> {
         loop {
             match self.decoder.message() {
                 Ok(Some(message)) => return Ok(Ok(Some(message))),

@@ -79,7 +79,7 @@ as_text!(InGroup);
 /// How much may be done in a second. An absent limit is none; 0 allows nothing.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
-pub struct Pace {
+pub struct GroupRate {
     /// Bytes that are read or written.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub bytes: Option<u64>,
@@ -88,12 +88,12 @@ pub struct Pace {
     pub milli_requests: Option<u64>,
 }
 
-/// Units of one request in a [`Pace`].
+/// Units of one request in a [`GroupRate`].
 pub const MILLI: u64 = 1000;
 
-impl Share {
+impl RateShare {
     /// Returns the pace at that time.
-    pub fn pace_at(&self, now: Duration) -> Pace {
+    pub fn pace_at(&self, now: Duration) -> GroupRate {
         match now {
             now if now < self.until => self.pace,
             now if now < self.from => self.pace.least(&self.after),
@@ -102,7 +102,7 @@ impl Share {
     }
 }
 
-impl Pace {
+impl GroupRate {
     /// Returns the lower limits of both.
     fn least(&self, other: &Self) -> Self {
         let least = |one: Option<u64>, other: Option<u64>| match (one, other) {
@@ -127,13 +127,13 @@ impl Pace {
 
 /// The part of a group's limits that a disk has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Share {
+pub struct RateShare {
     /// Pace at first.
-    pub pace: Pace,
+    pub pace: GroupRate,
     /// End of that pace, if no other share arrives: a time of `CLOCK_MONOTONIC`.
     pub until: Duration,
     /// Final pace, if no other share arrives, because no supervisor divides the group any more.
-    pub after: Pace,
+    pub after: GroupRate,
     /// Start of `after`. In between the lower of both paces holds, because the shares of others end at other times.
     pub from: Duration,
     /// Seconds of it that may be done at once by a disk that did nothing before.
@@ -143,7 +143,7 @@ pub struct Share {
 /// Use of its disk's shares by a process, since its start.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
-pub struct Used {
+pub struct ShareUsage {
     /// Requests that began or wait for that.
     pub came: u64,
     /// Requests that began.
@@ -158,7 +158,7 @@ pub struct Used {
 
 #[cfg(test)]
 mod tests {
-    use super::{GroupName, InGroup, Pace, Share};
+    use super::{GroupName, GroupRate, InGroup, RateShare};
     use crate::Limits;
     use std::time::Duration;
 
@@ -191,11 +191,11 @@ mod tests {
 
     #[test]
     fn a_share_ends_in_two_steps() {
-        let pace = |bytes, milli| Pace {
+        let pace = |bytes, milli| GroupRate {
             bytes,
             milli_requests: milli,
         };
-        let share = Share {
+        let share = RateShare {
             pace: pace(Some(9), Some(2)),
             until: Duration::from_secs(3),
             after: pace(Some(5), Some(5)),
@@ -222,11 +222,11 @@ mod tests {
             requests: 7,
             burst_s: 2,
         };
-        let pace = Pace {
+        let pace = GroupRate {
             bytes: None,
             milli_requests: Some(7000),
         };
-        assert_eq!(Pace::of(&limits), pace);
-        assert_eq!(Pace::of(&Limits::default()), Pace::default());
+        assert_eq!(GroupRate::of(&limits), pace);
+        assert_eq!(GroupRate::of(&Limits::default()), GroupRate::default());
     }
 }

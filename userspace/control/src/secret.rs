@@ -15,7 +15,7 @@ const CHANGE: u32 = 0o022;
 
 /// Whether the contents of a file are secret.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Secrecy {
+pub enum FileSecrecy {
     /// A certificate, which a connection shows to its peer. But a user who can change it decides which servers a disk
     /// trusts.
     Public,
@@ -27,7 +27,7 @@ pub enum Secrecy {
 ///
 /// # Errors
 /// There is none, it is no file, others could have changed it, or it has to be a secret and is none.
-pub fn open_named(path: &Path, word: &str, secrecy: Secrecy) -> Result<OwnedFd, Failure> {
+pub fn open_named(path: &Path, word: &str, secrecy: FileSecrecy) -> Result<OwnedFd, Failure> {
     let what = format!("cannot use {}, which {word}= names", path.display());
     // A pipe would be waited for.
     let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
@@ -38,8 +38,8 @@ pub fn open_named(path: &Path, word: &str, secrecy: Secrecy) -> Result<OwnedFd, 
         return Err(Failure::invalid(format!("{what}: it is no regular file")));
     }
     let checked = match secrecy {
-        Secrecy::Secret => must_be_secret(&stat),
-        Secrecy::Public => must_be_ours(&stat),
+        FileSecrecy::Secret => must_be_secret(&stat),
+        FileSecrecy::Public => must_be_ours(&stat),
     };
     checked.map_err(|why| Failure::new(Code::Denied, format!("{what}: {why}")))?;
     Ok(fd)

@@ -22,7 +22,7 @@ use std::str::FromStr;
 /// Action on a process that answers nothing for a while although it has requests.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Hung {
+pub enum HungAction {
     /// An event tells about it.
     #[default]
     Report,
@@ -41,7 +41,7 @@ pub struct Policy {
     /// Seconds without an answer after which a process counts as hung; 0 for never.
     pub hung_after_s: u32,
     /// Action on a process that hangs.
-    pub hung: Hung,
+    pub hung: HungAction,
     /// Action when the image has no room for a write.
     pub on_no_space: OnError,
     /// Action when I/O on the image fails for another reason.
@@ -61,7 +61,7 @@ pub struct Changes {
     /// As [`Policy::hung_after_s`].
     pub hung_after_s: Option<u32>,
     /// As [`Policy::hung`].
-    pub hung: Option<Hung>,
+    pub hung: Option<HungAction>,
     /// As [`Policy::on_no_space`].
     pub on_no_space: Option<OnError>,
     /// As [`Policy::on_error`].
@@ -108,7 +108,7 @@ impl Default for Policy {
             fail_after_s: 0,
             max_deaths: 3,
             hung_after_s: 30,
-            hung: Hung::Report,
+            hung: HungAction::Report,
             on_no_space: OnError::Stop,
             on_error: OnError::Report,
             limits: Limits::default(),
@@ -121,7 +121,7 @@ impl Default for Policy {
 /// anew finishes it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Doing {
+pub enum PendingOperation {
     /// The disk is being made.
     Create,
     /// Its image is opened.
@@ -144,7 +144,7 @@ pub enum Doing {
     Destroy,
 }
 
-impl fmt::Display for Doing {
+impl fmt::Display for PendingOperation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Create => "create",
@@ -680,7 +680,7 @@ pub struct Snapshot {
 
 /// A disk that was copied to another image, and is served from that.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Moved {
+pub struct MovedDisk {
     /// The image that it had, which is not the disk any more.
     pub from: Target,
     /// The one that it has. The configuration of the disk must name this one from now on.
@@ -692,7 +692,7 @@ pub struct Moved {
     pub pause_us: Option<u64>,
 }
 
-impl Moved {
+impl MovedDisk {
     /// Returns the meaning, in words.
     pub fn told(&self) -> String {
         let Self {
@@ -707,7 +707,7 @@ impl Moved {
 
 /// Program of a process.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Binary {
+pub struct ProcessBinary {
     /// The file. If it was replaced or removed since, this is where it was.
     pub path: PathBuf,
     /// Another file, or none, has that name by now.
@@ -739,7 +739,7 @@ pub struct Row {
     pub restarts: u32,
     /// Command that has begun and is not finished.
     #[serde(default)]
-    pub doing: Option<Doing>,
+    pub doing: Option<PendingOperation>,
     /// Reason why the supervisor ignores the disk, if it does.
     #[serde(default)]
     pub unknown: Option<String>,
@@ -751,7 +751,7 @@ pub struct Row {
     pub state_bytes: u64,
     /// Program of its process.
     #[serde(default)]
-    pub binary: Option<Binary>,
+    pub binary: Option<ProcessBinary>,
 }
 
 /// The kernel's information about a node.

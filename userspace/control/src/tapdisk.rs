@@ -11,7 +11,7 @@
 //! part of the image, and reports ([`Request::Wanted`]) when it gets a request; [`Request::Activate`] is the way back.
 
 use crate::stats::{Stats, Stream};
-use crate::{Changed, Driver, Failure, Limits, Mark, Share, Target, TlsFile, Used};
+use crate::{Changed, Driver, Failure, Limits, Mark, RateShare, ShareUsage, Target, TlsFile};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -75,15 +75,15 @@ pub struct Open {
     pub limits: Limits,
     /// Its share of the group's limits, if it is in one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub share: Option<Share>,
+    pub share: Option<RateShare>,
     /// The caller answers [`Request::Needs`] too, so the process may request files that it finds necessary while it
     /// opens the image.
     #[serde(default)]
     pub may_ask: bool,
-    /// Bytes for each bit of the map of the guest's writes ([`Needed::Notes`]); nothing without one.
+    /// Bytes for each bit of the map of the guest's writes ([`RequestedFile::Notes`]); nothing without one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub notes: Option<u64>,
-    /// The process records the guest's requests in [`Needed::Trace`]. A process that does not get that serves all the
+    /// The process records the guest's requests in [`RequestedFile::Trace`]. A process that does not get that serves all the
     /// same.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub trace: bool,
@@ -113,7 +113,7 @@ pub struct Rules {
     pub limits: Limits,
     /// As [`Open::share`]. Nothing takes the disk out of its group.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub share: Option<Share>,
+    pub share: Option<RateShare>,
 }
 
 fn yes() -> bool {
@@ -179,7 +179,7 @@ pub enum Request {
         open: Open,
         /// State of the image when the disk became inactive: it must not have changed since.
         #[serde(default)]
-        stamp: Option<Stamp>,
+        stamp: Option<ImageStamp>,
     },
     /// Waits until the disk is inactive and gets a request. Answered with [`Reply::Done`]. On a connection of its own:
     /// others are answered meanwhile.
@@ -189,15 +189,15 @@ pub enum Request {
     Set(Rules),
     /// From now on this is what the disk may do of what its group may. Of a disk in a group. Answered with
     /// [`Reply::Used`] at once, whatever else is being done.
-    Share(Share),
-    /// Waits until more requests have come than these, as [`Used::came`] counts them. Answered with [`Reply::Done`]. On
+    Share(RateShare),
+    /// Waits until more requests have come than these, as [`ShareUsage::came`] counts them. Answered with [`Reply::Done`]. On
     /// a connection of its own: others are answered meanwhile.
     Busy {
         /// Requests that are known.
         came: u64,
     },
     /// Starts to record writes in the attached map, including those that are under way. Answered with [`Reply::Done`].
-    /// One descriptor, like that of an answer to [`Needed::Notes`], if there is a map.
+    /// One descriptor, like that of an answer to [`RequestedFile::Notes`], if there is a map.
     Note {
         /// As [`Open::notes`].
         unit: Option<u64>,
@@ -205,7 +205,7 @@ pub enum Request {
     /// A mark is gone: what the process knows of marks it has to ask for again. Answered with [`Reply::Done`] at once.
     Unmarked,
     /// Starts or ends the recording of the guest's requests in the attached trace file. Requests that are under way are
-    /// finished first. Answered with [`Reply::Done`]. One descriptor, like that of an answer to [`Needed::Trace`], if
+    /// finished first. Answered with [`Reply::Done`]. One descriptor, like that of an answer to [`RequestedFile::Trace`], if
     /// there is a trace.
     Trace {
         /// As [`Open::trace`].
@@ -288,13 +288,13 @@ pub enum Request {
         /// Number of the last known need. 0 for none.
         after: u64,
     },
-    /// The answer to a need: one descriptor, unless [`Provided`] says otherwise. Answered with [`Reply::Done`], also
+    /// The answer to a need: one descriptor, unless [`FdGrant`] says otherwise. Answered with [`Reply::Done`], also
     /// when the process waits for it no more.
     Provide {
         /// Number of the need.
         number: u64,
         /// The supervisor's decision.
-        provided: Provided,
+        provided: FdGrant,
         /// The number by which the kernel knows a file below the image, and no other one of this disk.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         backing: Option<u16>,
@@ -327,7 +327,7 @@ pub enum State {
 
 /// How an image was left. Every change of a file changes it; for a block device it has only the size.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Stamp {
+pub struct ImageStamp {
     /// Bytes of the file, 0 of a device.
     pub size: u64,
     /// Time of the last change, in seconds.
@@ -356,14 +356,14 @@ pub enum Reply {
     /// The disk is inactive.
     Inactive {
         /// State of the image; nothing if the system does not show it.
-        stamp: Option<Stamp>,
+        stamp: Option<ImageStamp>,
     },
     /// Status of the process and its disk.
     Status(Box<Status>),
     /// Counters.
     Stats(Box<Stats>),
     /// Use of the shares of a group.
-    Used(Used),
+    Used(ShareUsage),
     /// A trace has ended without a request.
     Untraced {
         /// Reason of the refusal.
@@ -372,28 +372,28 @@ pub enum Reply {
     /// How far a stream is.
     Stream(Stream),
     /// Failures.
-    Troubles(Troubles),
+    Troubles(IoErrorReport),
     /// Needs that the supervisor has not answered yet.
     Needs {
         /// The needs, the oldest first.
-        needs: Vec<Need>,
+        needs: Vec<FdRequest>,
     },
 }
 
 /// A request of a process to its supervisor, which decides. The process repeats the request for a file that is gone,
 /// such as a socket whose server has ended.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Need {
+pub struct FdRequest {
     /// Names it in the answer; chosen by the process, from 1 on.
     pub number: u64,
     /// Kind of the file.
-    pub what: Needed,
+    pub what: RequestedFile,
 }
 
 /// A file or an answer that a process may request.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "kebab-case")]
-pub enum Needed {
+pub enum RequestedFile {
     /// The backing image of the one that is served: for reading.
     Parent {
         /// Its absolute path.
@@ -455,7 +455,7 @@ pub enum Needed {
     Other,
 }
 
-impl Needed {
+impl RequestedFile {
     /// The path, if it has one.
     pub fn path(&self) -> Option<&Path> {
         match self {
@@ -476,14 +476,14 @@ impl Needed {
 /// The supervisor's decision about a need.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Provided {
+pub enum FdGrant {
     /// The file comes along, and the process has to lock it, as it locks the image.
     Locked,
     /// The file comes with this and is not to be locked, because it is a device or shared.
     Shared,
-    /// The answer to [`Needed::Marks`]. Nothing comes along.
+    /// The answer to [`RequestedFile::Marks`]. Nothing comes along.
     Marks(Vec<Mark>),
-    /// The answer to [`Needed::Changed`]. Nothing comes along.
+    /// The answer to [`RequestedFile::Changed`]. Nothing comes along.
     Changed(Changed),
     /// The supervisor refuses the file.
     Refused(Failure),
@@ -491,7 +491,7 @@ pub enum Provided {
 
 /// I/O on the image that failed.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Troubles {
+pub struct IoErrorReport {
     /// How often, since the process was started.
     pub count: u64,
     /// The one for which the disk stopped, or else the latest.

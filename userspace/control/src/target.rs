@@ -48,7 +48,7 @@ const CACHE: RangeInclusive<u64> = 1 << 20..=1 << 30;
 #[serde(try_from = "String", into = "String")]
 pub struct Target {
     driver: Driver,
-    argument: Argument,
+    argument: TargetArgument,
     lease: LeaseKind,
     /// The `direct=` word, if there is one.
     direct: Option<bool>,
@@ -84,7 +84,7 @@ struct OfDisk {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-enum Argument {
+enum TargetArgument {
     Image(PathBuf),
     Size(u64),
     Export(Export),
@@ -315,16 +315,16 @@ impl Target {
     /// The image's absolute path, if the driver has one.
     pub fn path(&self) -> Option<&Path> {
         match &self.argument {
-            Argument::Image(path) => Some(path),
-            Argument::Size(_) | Argument::Export(_) | Argument::Below(_) => None,
+            TargetArgument::Image(path) => Some(path),
+            TargetArgument::Size(_) | TargetArgument::Export(_) | TargetArgument::Below(_) => None,
         }
     }
 
     /// Returns the backing image that is never written, if the disk keeps its writes in memory.
     pub fn below(&self) -> Option<&Below> {
         match &self.argument {
-            Argument::Below(below) => Some(below),
-            Argument::Image(_) | Argument::Size(_) | Argument::Export(_) => None,
+            TargetArgument::Below(below) => Some(below),
+            TargetArgument::Image(_) | TargetArgument::Size(_) | TargetArgument::Export(_) => None,
         }
     }
 
@@ -336,16 +336,16 @@ impl Target {
     /// The export of an NBD server, if it is one.
     pub fn export(&self) -> Option<&Export> {
         match &self.argument {
-            Argument::Export(export) => Some(export),
-            Argument::Image(_) | Argument::Size(_) | Argument::Below(_) => None,
+            TargetArgument::Export(export) => Some(export),
+            TargetArgument::Image(_) | TargetArgument::Size(_) | TargetArgument::Below(_) => None,
         }
     }
 
     /// Returns the disk's size in bytes, if the target has it and the image does not.
     pub fn size(&self) -> Option<u64> {
         match &self.argument {
-            Argument::Image(_) | Argument::Export(_) | Argument::Below(_) => None,
-            Argument::Size(bytes) => Some(*bytes),
+            TargetArgument::Image(_) | TargetArgument::Export(_) | TargetArgument::Below(_) => None,
+            TargetArgument::Size(bytes) => Some(*bytes),
         }
     }
 }
@@ -359,11 +359,11 @@ fn parse(driver: Driver, argument: &str) -> Result<Target, Failure> {
                     "{driver}:{argument:?} names no image: its absolute path is needed, such as {driver}:/srv/a.img"
                 )));
             }
-            Argument::Image(path)
+            TargetArgument::Image(path)
         }
-        ArgumentKind::Export => Argument::Export(Export::parse(argument)?),
-        ArgumentKind::Below => Argument::Below(below(argument)?),
-        ArgumentKind::Size => Argument::Size(crate::size(argument).ok_or_else(|| {
+        ArgumentKind::Export => TargetArgument::Export(Export::parse(argument)?),
+        ArgumentKind::Below => TargetArgument::Below(below(argument)?),
+        ArgumentKind::Size => TargetArgument::Size(crate::size(argument).ok_or_else(|| {
             Failure::invalid(format!(
                 "{driver}:{argument:?} has no size: say how many bytes, a multiple of 512, such as {driver}:64M"
             ))
@@ -404,7 +404,7 @@ fn below(argument: &str) -> Result<Below, Failure> {
         )));
     }
     match parse(driver, path)?.argument {
-        Argument::Image(path) => Ok(Below { driver, path }),
+        TargetArgument::Image(path) => Ok(Below { driver, path }),
         _ => Err(Failure::invalid(format!("cow:{argument:?} names no image"))),
     }
 }
@@ -461,10 +461,10 @@ impl fmt::Display for Target {
             write!(f, "name={name},")?;
         }
         match &self.argument {
-            Argument::Image(path) => write!(f, "{}:{}", self.driver, path.display()),
-            Argument::Size(bytes) => write!(f, "{}:{bytes}", self.driver),
-            Argument::Export(export) => export.fmt(f),
-            Argument::Below(Below { driver, path }) => {
+            TargetArgument::Image(path) => write!(f, "{}:{}", self.driver, path.display()),
+            TargetArgument::Size(bytes) => write!(f, "{}:{bytes}", self.driver),
+            TargetArgument::Export(export) => export.fmt(f),
+            TargetArgument::Below(Below { driver, path }) => {
                 write!(f, "{}:{driver}:{}", self.driver, path.display())
             }
         }

@@ -123,16 +123,16 @@ impl Decoder {
 
     /// The next message, if it has arrived in full. A message that is well formed and of another
     /// version, or not understood, is an error that names its `id` and leaves the rest readable.
-    pub fn message<T: DeserializeOwned>(&mut self) -> Result<Option<Received<T>>, Refused> {
+    pub fn message<T: DeserializeOwned>(&mut self) -> Result<Option<Received<T>>, RefusedMessage> {
         let Some(line) = self.line()? else {
             return Ok(None);
         };
-        let head: Head = serde_json::from_slice(&line).map_err(|error| Refused {
+        let head: Head = serde_json::from_slice(&line).map_err(|error| RefusedMessage {
             id: None,
             failure: Failure::invalid(format!("a message is not understood: {error}")),
         })?;
         if head.fds > MAX_FDS || head.fds > self.fds.len() {
-            return Err(Refused {
+            return Err(RefusedMessage {
                 id: None,
                 failure: Failure::invalid(format!(
                     "a message counts {} descriptors, and {} came",
@@ -143,7 +143,7 @@ impl Decoder {
         }
         let fds = self.fds.drain(..head.fds).collect();
         if head.version != VERSION {
-            return Err(Refused {
+            return Err(RefusedMessage {
                 id: Some(head.id),
                 failure: Failure::new(
                     Code::Version,
@@ -154,7 +154,7 @@ impl Decoder {
                 ),
             });
         }
-        let message = serde_json::from_slice(&line).map_err(|error| Refused {
+        let message = serde_json::from_slice(&line).map_err(|error| RefusedMessage {
             id: Some(head.id),
             failure: Failure::invalid(format!("a message is not understood: {error}")),
         })?;
@@ -162,13 +162,13 @@ impl Decoder {
     }
 
     /// Takes the next line out of the buffer.
-    fn line(&mut self) -> Result<Option<Vec<u8>>, Refused> {
+    fn line(&mut self) -> Result<Option<Vec<u8>>, RefusedMessage> {
         let end = self.bytes[self.searched..]
             .iter()
             .position(|byte| *byte == b'\n');
         let length = end.map_or(self.bytes.len(), |end| self.searched + end);
         if length > MAX_LINE {
-            return Err(Refused {
+            return Err(RefusedMessage {
                 id: None,
                 failure: Failure::invalid(format!("a message is longer than {MAX_LINE} bytes")),
             });
@@ -191,7 +191,7 @@ impl Decoder {
 
 /// A message that was not taken.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Refused {
+pub struct RefusedMessage {
     /// The question to answer with the failure; without it the connection is to be closed.
     pub id: Option<u64>,
     /// The failure.

@@ -9,7 +9,7 @@
 use crate::base::{self, Base, ExtentRun};
 use crate::eof_alloc::Tail;
 use crate::field::{part, pieces, refused};
-use crate::locks::Locks;
+use crate::locks::RangeLocks;
 use crate::{storage, Storage};
 use control::Failure;
 use diskio::{Bytes, Data, Errno};
@@ -71,7 +71,7 @@ pub(crate) struct Clusters<S, M> {
     base: u64,
     pub(crate) tail: Tail<S>,
     parent: Option<Rc<Base>>,
-    locks: Locks,
+    locks: RangeLocks,
     unpacked: RefCell<Vec<(u64, Rc<Vec<u8>>)>>,
 }
 
@@ -90,7 +90,7 @@ impl<S: Storage, M: ClusterMap<S>> Clusters<S, M> {
             base,
             tail,
             parent,
-            locks: Locks::default(),
+            locks: RangeLocks::default(),
             unpacked: RefCell::default(),
         }
     }

@@ -7,7 +7,7 @@ use std::ops::Range;
 
 /// Locks of ranges of numbers. There are no more of them than requests.
 #[derive(Debug, Default)]
-pub(crate) struct Locks {
+pub(crate) struct RangeLocks {
     /// Locks that are held or waited for, in the order of the requests.
     asked: RefCell<Vec<(u64, Range<u64>)>>,
     next: Cell<u64>,
@@ -18,11 +18,11 @@ pub(crate) struct Locks {
 #[derive(Debug)]
 #[must_use = "the lock is held as long as this"]
 pub(crate) struct HeldRange<'l> {
-    locks: &'l Locks,
+    locks: &'l RangeLocks,
     ticket: u64,
 }
 
-impl Locks {
+impl RangeLocks {
     /// Waits until no other task holds a part of `range`; tasks get it in the order of their calls. A task that holds a
     /// range must not lock another one.
     pub(crate) async fn lock(&self, range: Range<u64>) -> HeldRange<'_> {
@@ -61,7 +61,7 @@ impl Drop for HeldRange<'_> {
 
 #[cfg(test)]
 mod tests {
-    use super::Locks;
+    use super::RangeLocks;
     use diskio::Runtime;
     use std::cell::RefCell;
     use std::future::{poll_fn, Future};
@@ -71,7 +71,7 @@ mod tests {
     #[test]
     fn who_asks_first_is_first_and_others_do_not_wait() {
         let runtime = Runtime::new();
-        let locks = Rc::new(Locks::default());
+        let locks = Rc::new(RangeLocks::default());
         let order = Rc::new(RefCell::new(Vec::new()));
         // The second waits for the first, the third for the second, and the fourth for none.
         for (name, range) in [(1, 0..4), (2, 2..9), (3, 6..7), (4, 20..21)] {
@@ -105,7 +105,7 @@ mod tests {
     #[test]
     fn who_gives_up_waiting_stands_in_nobodys_way() {
         let runtime = Runtime::new();
-        let locks = Rc::new(Locks::default());
+        let locks = Rc::new(RangeLocks::default());
         let its = locks.clone();
         let done = runtime.block_on(async move {
             let first = its.alone(1).await;

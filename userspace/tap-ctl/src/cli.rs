@@ -9,7 +9,7 @@ use crate::group::GroupVerb;
 use crate::status::verdict::{HUNG_S, SLOW_MS};
 pub(crate) use backup::{Backup, BackupVerb, Restore};
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use control::supervisor::{Hung, Mode};
+use control::supervisor::{HungAction, Mode};
 use control::tapdisk::{Engine, OnError};
 use control::{Driver, GroupName, InGroup, MarkName, NewSize, Target};
 pub(crate) use disk::{Handoff, Mirror, Snapshot, Trace, Which};
@@ -594,11 +594,11 @@ pub(crate) enum HungName {
     Kill,
 }
 
-impl From<HungName> for Hung {
-    fn from(name: HungName) -> Hung {
+impl From<HungName> for HungAction {
+    fn from(name: HungName) -> HungAction {
         match name {
-            HungName::Report => Hung::Report,
-            HungName::Kill => Hung::Kill,
+            HungName::Report => HungAction::Report,
+            HungName::Kill => HungAction::Kill,
         }
     }
 }

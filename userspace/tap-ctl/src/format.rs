@@ -7,7 +7,7 @@ use crate::list::ListedDisk;
 use crate::time::utc;
 use crate::trace;
 use control::stats::{Counter, Direct, Mapped, Mirror, Mirroring, Stats, Stream, Streaming};
-use control::supervisor::{Event, HandedOff, Hung, Policy, Reply, Snapshot, What};
+use control::supervisor::{Event, HandedOff, HungAction, Policy, Reply, Snapshot, What};
 use control::tapdisk::{Disk, OnError};
 use control::FrozenDevices;
 use std::fmt::Write;
@@ -270,8 +270,8 @@ fn policy(policy: &Policy) -> String {
         OnError::Stop => "stop",
     };
     let hung = match policy.hung {
-        Hung::Report => "report",
-        Hung::Kill => "kill",
+        HungAction::Report => "report",
+        HungAction::Kill => "kill",
     };
     format!(
         "limits={{{}}} group={} on-no-space={} on-error={} hung={hung} hung-after={} fail-after={} max-deaths={}",

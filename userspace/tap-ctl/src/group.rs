@@ -3,7 +3,7 @@
 
 use clap::{Args, Subcommand};
 use control::supervisor::{Group, GroupChanges, Member, Request};
-use control::{GroupName, Pace, MILLI};
+use control::{GroupName, GroupRate, MILLI};
 use std::fmt::Write;
 
 /// Actions on groups.
@@ -99,7 +99,7 @@ fn line(member: &Member) -> String {
     )
 }
 
-fn pace(pace: Pace) -> String {
+fn pace(pace: GroupRate) -> String {
     let bytes = pace.bytes.map(|bytes| format!("bps={bytes}"));
     let requests = pace
         .milli_requests
@@ -116,7 +116,7 @@ fn requests(milli: u64) -> String {
 mod tests {
     use super::show;
     use control::supervisor::{Group, Member};
-    use control::{Limits, Pace};
+    use control::{GroupRate, Limits};
 
     #[test]
     fn a_group_is_a_line_and_so_is_each_disk() {
@@ -127,7 +127,7 @@ mod tests {
             milli_requests: 1250,
             lacks: pace.is_some(),
         };
-        let pace = Pace {
+        let pace = GroupRate {
             bytes: Some(5),
             milli_requests: Some(2000),
         };

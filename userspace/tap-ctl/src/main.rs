@@ -29,7 +29,7 @@ mod top;
 mod trace;
 
 use cli::{Cli, Image, Verb};
-use control::supervisor::{self, Allocate, Create, Hung, Mode, Reply, Request, Which};
+use control::supervisor::{self, Allocate, Create, HungAction, Mode, Reply, Request, Which};
 use control::tapdisk::Open;
 use control::{json_line, shown, shown_lines, Channel, Code, Failure, Limits, Target};
 use std::io::{self, Write};
@@ -445,9 +445,9 @@ fn allocate(node: &cli::Allocate) -> Allocate {
             max_deaths: node.policy.max_deaths,
             hung_after_s: node.policy.hung_after,
             hung: if node.policy.kill_hung {
-                Hung::Kill
+                HungAction::Kill
             } else {
-                Hung::Report
+                HungAction::Report
             },
             on_no_space: node.policy.on_no_space.into(),
             on_error: node.policy.on_error.into(),
@@ -502,7 +502,7 @@ fn create(create: &cli::Create) -> Result<Create, Failure> {
 mod tests {
     use super::{request, Cli};
     use clap::{CommandFactory, Parser};
-    use control::supervisor::{Hung, Mode, Request};
+    use control::supervisor::{HungAction, Mode, Request};
     use control::Code;
 
     fn parse(line: &str) -> Result<Request, Code> {
@@ -649,7 +649,7 @@ mod tests {
         assert_eq!(create.arena_kib, 8192);
         assert_eq!(create.policy.fail_after_s, 7);
         assert_eq!(create.policy.hung_after_s, 9);
-        assert_eq!(create.policy.hung, Hung::Kill);
+        assert_eq!(create.policy.hung, HungAction::Kill);
         assert_eq!(create.policy.max_deaths, 5);
     }
 

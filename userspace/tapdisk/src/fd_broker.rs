@@ -2,7 +2,7 @@
 //! Asks the supervisor for files that this process cannot open: the supervisor decides, and sends a descriptor.
 
 use crate::io_errors::wait;
-use control::tapdisk::{Need, Needed, Provided};
+use control::tapdisk::{FdGrant, FdRequest, RequestedFile};
 use control::{Changed, Failure, Mark};
 use std::cell::RefCell;
 use std::future::poll_fn;
@@ -31,7 +31,7 @@ enum SupervisorAnswer {
 /// Open question.
 #[derive(Debug)]
 struct OpenQuestion {
-    need: Need,
+    need: FdRequest,
     answer: Option<Result<SupervisorAnswer, Failure>>,
     waker: Option<Waker>,
 }
@@ -54,7 +54,7 @@ impl FdBroker {
     ///
     /// # Errors
     /// The supervisor refuses, with its reason.
-    pub async fn ask(&self, what: Needed) -> Result<Given, Failure> {
+    pub async fn ask(&self, what: RequestedFile) -> Result<Given, Failure> {
         match self.answer(what).await? {
             SupervisorAnswer::Given(given) => Ok(given),
             other => Err(something_else(&other)),
@@ -66,7 +66,7 @@ impl FdBroker {
     /// # Errors
     /// As [`ask`](Self::ask).
     pub(crate) async fn marks(&self) -> Result<Vec<Mark>, Failure> {
-        match self.answer(Needed::Marks).await? {
+        match self.answer(RequestedFile::Marks).await? {
             SupervisorAnswer::Marks(marks) => Ok(marks),
             other => Err(something_else(&other)),
         }
@@ -82,25 +82,28 @@ impl FdBroker {
         size: u64,
         from: u64,
     ) -> Result<Changed, Failure> {
-        match self.answer(Needed::Changed { mark, size, from }).await? {
+        match self
+            .answer(RequestedFile::Changed { mark, size, from })
+            .await?
+        {
             SupervisorAnswer::Changed(changed) if changed.mark == mark => Ok(changed),
             other => Err(something_else(&other)),
         }
     }
 
-    async fn answer(&self, what: Needed) -> Result<SupervisorAnswer, Failure> {
+    async fn answer(&self, what: RequestedFile) -> Result<SupervisorAnswer, Failure> {
         let number = self.add(what);
         // If the caller stops waiting for the answer, the question is withdrawn.
-        let _withdrawn = Withdraw(self, number);
+        let _withdrawn = QuestionGuard(self, number);
         poll_fn(|cx| self.poll(number, cx.waker())).await
     }
 
-    fn add(&self, what: Needed) -> u64 {
+    fn add(&self, what: RequestedFile) -> u64 {
         let mut state = self.0.borrow_mut();
         state.last += 1;
         let number = state.last;
         state.asked.push(OpenQuestion {
-            need: Need { number, what },
+            need: FdRequest { number, what },
             answer: None,
             waker: None,
         });
@@ -126,12 +129,12 @@ impl FdBroker {
     }
 
     /// Waits until there is a need with a higher number than `after` that has no answer; all of those.
-    pub async fn after(&self, after: u64) -> Vec<Need> {
+    pub async fn after(&self, after: u64) -> Vec<FdRequest> {
         poll_fn(|cx| {
             let mut state = self.0.borrow_mut();
             let open = state.asked.iter().filter(|asked| asked.answer.is_none());
             let new = open.filter(|asked| asked.need.number > after);
-            let needs: Vec<Need> = new.map(|asked| asked.need.clone()).collect();
+            let needs: Vec<FdRequest> = new.map(|asked| asked.need.clone()).collect();
             if needs.is_empty() {
                 wait(&mut state.listening, cx.waker());
                 return Poll::Pending;
@@ -148,7 +151,7 @@ impl FdBroker {
     pub fn provide(
         &self,
         number: u64,
-        provided: Provided,
+        provided: FdGrant,
         fd: Option<OwnedFd>,
         backing: Option<u16>,
     ) -> Result<(), Failure> {
@@ -161,11 +164,11 @@ impl FdBroker {
             }))
         };
         let answer = match provided {
-            Provided::Refused(failure) => Err(failure),
-            Provided::Locked => Ok(given(fd, true)?),
-            Provided::Shared => Ok(given(fd, false)?),
-            Provided::Marks(marks) => Ok(SupervisorAnswer::Marks(marks)),
-            Provided::Changed(changed) => Ok(SupervisorAnswer::Changed(changed)),
+            FdGrant::Refused(failure) => Err(failure),
+            FdGrant::Locked => Ok(given(fd, true)?),
+            FdGrant::Shared => Ok(given(fd, false)?),
+            FdGrant::Marks(marks) => Ok(SupervisorAnswer::Marks(marks)),
+            FdGrant::Changed(changed) => Ok(SupervisorAnswer::Changed(changed)),
         };
         let mut state = self.0.borrow_mut();
         let asked = state.asked.iter_mut().find(|a| a.need.number == number);
@@ -185,9 +188,9 @@ fn something_else(answer: &SupervisorAnswer) -> Failure {
 }
 
 /// Withdraws a question when its caller stops waiting.
-struct Withdraw<'a>(&'a FdBroker, u64);
+struct QuestionGuard<'a>(&'a FdBroker, u64);
 
-impl Drop for Withdraw<'_> {
+impl Drop for QuestionGuard<'_> {
     fn drop(&mut self) {
         let mut state = self.0 .0.borrow_mut();
         state.asked.retain(|asked| asked.need.number != self.1);

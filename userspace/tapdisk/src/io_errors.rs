@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! I/O on the image that failed, for a supervisor to ask about.
 
-use control::tapdisk::{Trouble, Troubles as Told};
+use control::tapdisk::{IoErrorReport as Told, Trouble};
 use std::cell::RefCell;
 use std::future::poll_fn;
 use std::task::{Poll, Waker};

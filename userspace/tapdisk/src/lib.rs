@@ -40,7 +40,7 @@ pub use fd_broker::FdBroker;
 pub use io_errors::IoErrorLog;
 pub use passthrough::Direct;
 pub use ranges::RangeClaim;
-pub use server::{Server, Terms};
+pub use server::{ServeConfig, Server};
 pub use session::Session;
 pub use throttle::Throttle;
 pub use writeback_errors::WritebackErrors;

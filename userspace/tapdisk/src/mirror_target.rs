@@ -8,7 +8,7 @@
 //! fails, because an administrator can make another copy.
 
 use crate::io_errors::wait;
-use crate::passthrough::Ban;
+use crate::passthrough::PassthroughBan;
 use control::stats::{Mirror, Mirroring};
 use diskio::{Bytes, Data, Errno, File, Io, LockKind};
 use drivers::{Attributes, Content, Disk, Extent};
@@ -47,7 +47,7 @@ pub(crate) struct MirrorTarget {
     /// True if a request that the other image may still execute was abandoned.
     is_left: Cell<bool>,
     /// The kernel would write one of the two only.
-    ban: RefCell<Option<Ban>>,
+    ban: RefCell<Option<PassthroughBan>>,
     /// Lock of the backing image, for writing instead of reading, if the other image is that.
     lock: RefCell<Option<WriteLock>>,
 }
@@ -58,7 +58,7 @@ impl MirrorTarget {
         size: u64,
         lock: Option<WriteLock>,
         is_below: bool,
-        ban: Ban,
+        ban: PassthroughBan,
     ) -> Self {
         Self {
             disk: RefCell::new(Some(disk)),

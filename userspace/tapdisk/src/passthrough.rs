@@ -6,7 +6,7 @@
 //! and flushes: when it begins to serve the disk, and again after each discard that the kernel delivered, because the
 //! kernel then drops the mapping of that range. For other images it maps [part by part](parts) the ranges that requests
 //! to this process touched, and those that it expects next. It revokes all mappings before another process may use the
-//! image, and before clients other than the guest use the disk ([`Ban`]), because the kernel knows only the order of
+//! image, and before clients other than the guest use the disk ([`PassthroughBan`]), because the kernel knows only the order of
 //! the guest's requests. A revocation waits for I/O of the kernel, in a helper thread, and no mapping is sent during
 //! that time.
 
@@ -110,7 +110,7 @@ pub struct Direct {
     due_later: Cell<bool>,
     /// True if no more mappings of this image are sent, because the kernel cannot use it or refuses them.
     is_vain: Cell<bool>,
-    /// Number of [`Ban`]s.
+    /// Number of [`PassthroughBan`]s.
     bans: Cell<u32>,
     /// Number of requests under way whose ranges the kernel has dropped from its mappings.
     forgets: Cell<u32>,
@@ -125,9 +125,9 @@ pub struct Direct {
 /// Passthrough is suspended while this exists.
 #[derive(Debug)]
 #[must_use = "the kernel may use the image again when this is dropped"]
-pub(crate) struct Ban(Rc<Direct>);
+pub(crate) struct PassthroughBan(Rc<Direct>);
 
-impl Ban {
+impl PassthroughBan {
     fn new(direct: &Rc<Direct>) -> Self {
         direct.bans.set(direct.bans.get() + 1);
         direct.end_era();
@@ -135,7 +135,7 @@ impl Ban {
     }
 }
 
-impl Drop for Ban {
+impl Drop for PassthroughBan {
     fn drop(&mut self) {
         self.0.bans.set(self.0.bans.get() - 1);
     }
@@ -143,9 +143,9 @@ impl Drop for Ban {
 
 /// A request whose range the kernel has dropped from its mappings, until it is answered.
 #[derive(Debug)]
-pub(crate) struct Forgets(Rc<Direct>);
+pub(crate) struct ForgottenRange(Rc<Direct>);
 
-impl Drop for Forgets {
+impl Drop for ForgottenRange {
     fn drop(&mut self) {
         self.0.forgets.set(self.0.forgets.get() - 1);
         self.0.due_later.set(true);
@@ -184,9 +184,9 @@ impl Direct {
 
     /// DirtyBitmap that the kernel has dropped the mapping of a delivered request's range; this process sends one new mapping
     /// once all such requests are over.
-    pub(crate) fn forgets(self: &Rc<Self>) -> Forgets {
+    pub(crate) fn forgets(self: &Rc<Self>) -> ForgottenRange {
         self.forgets.set(self.forgets.get() + 1);
-        Forgets(self.clone())
+        ForgottenRange(self.clone())
     }
 
     /// DirtyBitmap that earlier answers are on their way: they reach the kernel before a mapping that the next turn sends.
@@ -242,8 +242,8 @@ impl Direct {
     ///
     /// # Errors
     /// The kernel returns an error. The kernel may be using the image.
-    pub(crate) async fn forbid(self: &Rc<Self>) -> Result<Ban, Failure> {
-        let ban = Ban::new(self);
+    pub(crate) async fn forbid(self: &Rc<Self>) -> Result<PassthroughBan, Failure> {
+        let ban = PassthroughBan::new(self);
         let _alone = self.gate.alone().await;
         let image = self.image.borrow().clone();
         let Some(image) = image.filter(|_| self.told.get() != KernelMappings::Nothing) else {

@@ -31,7 +31,7 @@ use trace::{Flags, Operation};
 
 /// Conditions under which requests are served, whatever the disk is.
 #[derive(Clone, Debug, Default)]
-pub struct Terms {
+pub struct ServeConfig {
     /// Guests may not write.
     pub read_only: bool,
     /// The disk's lease is a reservation, so what its storage refuses was another host's to write.
@@ -83,7 +83,7 @@ pub struct Server {
     disk: Disk,
     size: Cell<u64>,
     block: u32,
-    terms: Terms,
+    terms: ServeConfig,
     stats: Rc<RefCell<Stats>>,
     in_flight: Cell<u64>,
     /// Ranges of the disk that requests of the guest and of others use.
@@ -124,7 +124,7 @@ impl Server {
         tap: &Rc<Tap>,
         disk: Disk,
         shape: &DiskInfo,
-        terms: Terms,
+        terms: ServeConfig,
         stats: &Rc<RefCell<Stats>>,
     ) -> Rc<Self> {
         let link = KernelLink::new(runtime, tap);
@@ -138,7 +138,7 @@ impl Server {
         link: Rc<KernelLink>,
         disk: Disk,
         shape: &DiskInfo,
-        terms: Terms,
+        terms: ServeConfig,
         stats: &Rc<RefCell<Stats>>,
     ) -> Rc<Self> {
         link.start();

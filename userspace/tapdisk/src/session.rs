@@ -19,19 +19,21 @@ use crate::describe::{describe, described, fence, node, params, succeeds};
 use crate::io_errors::wait;
 use crate::jobs::{scrub, stream, Jobs};
 use crate::kernel_link::KernelLink;
-use crate::passthrough::{self, Ban, Direct};
+use crate::passthrough::{self, Direct, PassthroughBan};
 use crate::stats_file::PersistentStats;
-use crate::tracer::Ended;
+use crate::tracer::EndedTraces;
 use crate::writeback_errors::WritebackErrors;
-use crate::{nbd, FdBroker, IoErrorLog, Server, Terms, Throttle};
+use crate::{nbd, FdBroker, IoErrorLog, ServeConfig, Server, Throttle};
 use control::stats::Stats;
-use control::tapdisk::{self, Engine, Open, Process, Reply, Request, Rules, Stamp, State, Status};
+use control::tapdisk::{
+    self, Engine, ImageStamp, Open, Process, Reply, Request, Rules, State, Status,
+};
 use control::{Code, Driver, Failure, LeaseKind, Limits, Target};
 use diskio::{Deadline, File, Gate, Runtime};
-use drivers::nbd::Settle;
+use drivers::nbd::RetryTimes;
 use drivers::{DiskInfo, Fence};
 use exported_bitmaps::Marks;
-pub(crate) use exported_bitmaps::{Since, StoredBitmap};
+pub(crate) use exported_bitmaps::{ChangedSince, StoredBitmap};
 use inactive::Inactive;
 use rustix::fs::fstat;
 use std::cell::{Cell, RefCell};
@@ -68,15 +70,15 @@ pub struct Session {
     /// Holds the guest's requests back.
     throttle: Rc<Throttle>,
     /// Suspends passthrough while limits are set, because the kernel does not apply them.
-    limited: RefCell<Option<Ban>>,
+    limited: RefCell<Option<PassthroughBan>>,
     /// Suspends passthrough while the dirty bitmap is kept, because the kernel sets no bits.
-    noted: RefCell<Option<Ban>>,
+    noted: RefCell<Option<PassthroughBan>>,
     /// Suspends passthrough while requests are traced.
-    traced: RefCell<Option<Ban>>,
+    traced: RefCell<Option<PassthroughBan>>,
     /// Marks (dirty bitmaps) that NBD clients know of.
     marks: Marks,
     /// Traces that have ended with an error.
-    untraced: Rc<Ended>,
+    untraced: Rc<EndedTraces>,
     /// Questions to the supervisor.
     needs: Rc<FdBroker>,
     /// Statistics for the next process.
@@ -92,7 +94,7 @@ pub struct Session {
     /// There is an NBD server.
     has_nbd: Cell<bool>,
     /// Limits of [exports](Self::set_exports), if they are not the usual ones.
-    exports: Cell<Option<(Settle, usize)>>,
+    exports: Cell<Option<(RetryTimes, usize)>>,
     ended: Cell<bool>,
     /// The image is another host's after that.
     deadline: RefCell<Option<Deadline>>,
@@ -120,7 +122,7 @@ struct Inner {
     /// Its backing images, by path: open for reading, and locked for that.
     parents: Vec<(PathBuf, File)>,
     /// State of the last image when it was closed.
-    left: Option<Stamp>,
+    left: Option<ImageStamp>,
     /// Set if the disk is inactive: no image is served, and the supervisor learns when a request arrives.
     inactive: Option<Inactive>,
     /// The exchange with the kernel, once there was one.
@@ -152,7 +154,7 @@ impl Session {
             runtime: runtime.clone(),
             gate: Gate::default(),
             state: RefCell::default(),
-            untraced: Ended::new(&stats),
+            untraced: EndedTraces::new(&stats),
             stats,
             troubles: Rc::default(),
             lost: Rc::default(),
@@ -178,7 +180,7 @@ impl Session {
     }
 
     /// Opens exports with these limits from now on, see [`drivers::nbd::Options`]: for tests.
-    pub fn set_exports(&self, settle: Settle, unflushed: usize) {
+    pub fn set_exports(&self, settle: RetryTimes, unflushed: usize) {
         self.exports.set(Some((settle, unflushed)));
     }
 
@@ -500,7 +502,7 @@ impl Session {
         &self,
         open: Open,
         image: Option<OwnedFd>,
-        stamp: Option<Stamp>,
+        stamp: Option<ImageStamp>,
     ) -> Result<Reply, Failure> {
         let tap = self.state.borrow().tap.clone().ok_or_else(no_node)?;
         let engine = self.select(&open)?;
@@ -587,7 +589,7 @@ impl Session {
         self.traced.replace(ban);
         // No task may wait from here until the session has the server, because requests that arrive belong to it.
         let link = self.link(tap);
-        let terms = Terms {
+        let terms = ServeConfig {
             read_only: open.read_only,
             reserved: *open.target.lease() == LeaseKind::Reservation,
             rules: self.rules.clone(),

@@ -11,9 +11,9 @@ mod group_share;
 use crate::io_errors;
 use crate::server::now_ns;
 use control::tapdisk::Rules;
-use control::{Code, Failure, Limits, Share, Used};
+use control::{Code, Failure, Limits, RateShare, ShareUsage};
 use diskio::{Errno, Gate, Runtime};
-use group_share::Allotment;
+use group_share::RateAllotment;
 use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
 use std::task::{Poll, Waker};
@@ -64,8 +64,8 @@ pub struct Throttle {
     held: Cell<u64>,
     held_ns: Cell<u64>,
     /// Its share of its group's limits, if it is in a group.
-    share: Cell<Option<Allotment>>,
-    used: Cell<Used>,
+    share: Cell<Option<RateAllotment>>,
+    used: Cell<ShareUsage>,
     /// Tasks that wait for the next request.
     listening: RefCell<Vec<Waker>>,
 }
@@ -97,7 +97,7 @@ impl Throttle {
                 known.change(share, now);
                 known
             }
-            None => Allotment::new(share, now),
+            None => RateAllotment::new(share, now),
         });
         self.share.set(share);
         self.look_again();
@@ -114,7 +114,7 @@ impl Throttle {
     ///
     /// # Errors
     /// The disk is in no group any more.
-    pub(crate) fn change_share(&self, share: Share) -> Result<Used, Failure> {
+    pub(crate) fn change_share(&self, share: RateShare) -> Result<ShareUsage, Failure> {
         let mut known = self.share.get().ok_or_else(|| {
             let why = "the disk is in no group, of whose limits it could have a share";
             Failure::new(Code::State, why)
@@ -123,7 +123,7 @@ impl Throttle {
         self.share.set(Some(known));
         self.look_again();
         let used = self.used.get();
-        self.used.set(Used {
+        self.used.set(ShareUsage {
             lacks_bytes: false,
             lacks_requests: false,
             ..used
@@ -280,7 +280,7 @@ pub(crate) enum Wanted {
 mod tests {
     use super::{Bucket, Throttle, Wanted, SECOND};
     use control::tapdisk::Rules;
-    use control::{Limits, Pace, Share};
+    use control::{GroupRate, Limits, RateShare};
     use diskio::Runtime;
     use proptest::prelude::*;
     use std::cell::RefCell;
@@ -342,12 +342,12 @@ mod tests {
     }
 
     /// Returns a share of that many requests in a second, for an hour.
-    fn share(requests: u64) -> Share {
-        let pace = Pace {
+    fn share(requests: u64) -> RateShare {
+        let pace = GroupRate {
             bytes: None,
             milli_requests: Some(requests * 1000),
         };
-        Share {
+        RateShare {
             pace,
             until: Duration::from_nanos(super::now_ns()) + Duration::from_secs(3600),
             after: pace,

@@ -34,14 +34,14 @@ pub(crate) struct TracedRequest {
 
 /// Traces of this process that have ended with an error.
 #[derive(Debug)]
-pub(crate) struct Ended {
+pub(crate) struct EndedTraces {
     stats: Rc<RefCell<Stats>>,
     /// The last one, until there is another trace.
     why: RefCell<Option<String>>,
     waiting: RefCell<Vec<Waker>>,
 }
 
-impl Ended {
+impl EndedTraces {
     /// Counts them.
     pub(crate) fn new(stats: &Rc<RefCell<Stats>>) -> Rc<Self> {
         Rc::new(Self {
@@ -84,7 +84,7 @@ impl Ended {
 pub(crate) struct Tracer {
     /// `None` if the trace has ended.
     writer: RefCell<Option<Writer>>,
-    ended: Rc<Ended>,
+    ended: Rc<EndedTraces>,
 }
 
 impl Tracer {
@@ -92,7 +92,11 @@ impl Tracer {
     ///
     /// # Errors
     /// The file is no trace, or cannot be read or written.
-    pub(crate) fn resume(file: OwnedFd, size: u64, ended: &Rc<Ended>) -> Result<Rc<Self>, Failure> {
+    pub(crate) fn resume(
+        file: OwnedFd,
+        size: u64,
+        ended: &Rc<EndedTraces>,
+    ) -> Result<Rc<Self>, Failure> {
         let mut writer = Writer::resume(File::from(file))?;
         let opened = writer.opened(size / BLOCK, now_ns());
         opened.map_err(|error| Failure::system("cannot write the trace", &error))?;

@@ -9,7 +9,7 @@ use diskio::{Errno, Flushing, Losses, SeenErrors, Writing};
 use std::cell::{Cell, RefCell};
 
 /// Function that stores the error that the guest must learn of for the next process; `None` if there is none any more.
-type Keep = Box<dyn Fn(Option<Errno>)>;
+type ErrorKeeper = Box<dyn Fn(Option<Errno>)>;
 
 /// Turns after which an answer is with the kernel.
 const TURNS: u32 = 3;
@@ -25,7 +25,7 @@ pub struct WritebackErrors {
     kept_count: Cell<u64>,
     /// Turns since the guest was owed nothing any more.
     turns: Cell<u32>,
-    keep: RefCell<Option<Keep>>,
+    keep: RefCell<Option<ErrorKeeper>>,
 }
 
 impl std::fmt::Debug for WritebackErrors {
@@ -98,7 +98,7 @@ impl WritebackErrors {
     }
 
     /// Stores the guest's pending error with `keep` from now on. The previous process left `before`.
-    pub(crate) fn keep_by(&self, before: Option<Errno>, keep: Keep) {
+    pub(crate) fn keep_by(&self, before: Option<Errno>, keep: ErrorKeeper) {
         if let Some(error) = self.kept.get() {
             keep(Some(error));
         }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Images as they are named on the command line: `qcow2:/srv/a.qcow2`.
 
-use control::{open_named, Failure, Secrecy};
+use control::{open_named, Failure, FileSecrecy};
 use formats::luks::ImageKey;
 use formats::{Below, ImageFormat};
 use std::fmt;
@@ -95,7 +95,7 @@ impl ImageSpec {
             return Ok(None);
         };
         // As the supervisor has it, so that what is made here can be served.
-        let file = open_named(path, "key", Secrecy::Secret)?;
+        let file = open_named(path, "key", FileSecrecy::Secret)?;
         let key = ImageKey::read(fs::File::from(file)).map_err(|failure| {
             let name = path.display();
             Failure::new(failure.code, format!("key={name}: {}", failure.message))

@@ -22,7 +22,7 @@ use crate::disk::Disk;
 use crate::image::{self, Identity, Image};
 use crate::log::{tell, LogContext};
 use crate::record::{parents, DiskPart, PartRole, Record};
-use control::supervisor::{Doing, Mode};
+use control::supervisor::{Mode, PendingOperation};
 use control::tapdisk::Open;
 use control::{Code, Failure};
 use futures::stream::FuturesUnordered;
@@ -156,9 +156,11 @@ impl Admission {
     fn check_new(&self, disk: &Disk, role: PartRole, path: &Path) -> Result<(), Failure> {
         let record = disk.record.borrow();
         let opens = match record.doing {
-            Some(Doing::Create | Doing::Open | Doing::Unpause) => true,
+            Some(PendingOperation::Create | PendingOperation::Open | PendingOperation::Unpause) => {
+                true
+            }
             // Before that, the process still serves the old image.
-            Some(Doing::Snapshot | Doing::Mirror) => record.next.is_some(),
+            Some(PendingOperation::Snapshot | PendingOperation::Mirror) => record.next.is_some(),
             _ => false,
         };
         let parts = record.its_parts();

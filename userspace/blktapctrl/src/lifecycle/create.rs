@@ -7,7 +7,7 @@ use crate::disk::{Disk, DiskFate};
 use crate::log::tell;
 use crate::record::{InactiveReason, Record};
 use crate::store::relative;
-use control::supervisor::{Allocate, Create, Doing, What};
+use control::supervisor::{Allocate, Create, PendingOperation, What};
 use control::tapdisk;
 use control::{Code, Failure};
 use std::rc::Rc;
@@ -76,7 +76,7 @@ impl Lifecycle {
         record.vbd.clone_from(&vbd);
         record.nbd = create.nbd;
         record.files = create.files;
-        record.doing = Some(Doing::Create);
+        record.doing = Some(PendingOperation::Create);
         let target = Some(open.target.clone());
         let work = |beside| {
             record.open = Some(beside_others(open, beside)?);
@@ -119,7 +119,7 @@ impl Lifecycle {
 
     async fn try_to_start(self: &Rc<Self>, disk: &Rc<Disk>) -> Result<CreatedDisk, Failure> {
         let _turn = disk.turn().await?;
-        if disk.doing() == Some(Doing::Create) {
+        if disk.doing() == Some(PendingOperation::Create) {
             disk.unless_doomed(self.finish_open(disk)).await?;
         }
         // The toolstack may have given up while the image was opened.

@@ -4,7 +4,7 @@
 
 use crate::blocking_io::{blocking_io, LIMIT};
 use crate::image::Opened;
-use control::{open_named, Code, Failure, Secrecy, Target};
+use control::{open_named, Code, Failure, FileSecrecy, Target};
 use std::path::Path;
 
 /// Opens the file at `path`, which `target` names with a word, for reading.
@@ -15,7 +15,7 @@ pub(super) async fn open(
     target: &Target,
     word: &'static str,
     path: Option<&Path>,
-    secrecy: Secrecy,
+    secrecy: FileSecrecy,
 ) -> Result<Opened, Failure> {
     let path = path.ok_or_else(|| {
         Failure::new(

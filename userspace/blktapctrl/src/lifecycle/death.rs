@@ -6,7 +6,7 @@ use crate::disk::{Disk, DiskFate};
 use crate::log::tell;
 use crate::process::{self, Process, Program, OPEN, SOON};
 use crate::record::DesiredState;
-use control::supervisor::{Doing, What};
+use control::supervisor::{PendingOperation, What};
 use control::tapdisk::Request;
 use control::Failure;
 use std::path::PathBuf;
@@ -126,7 +126,7 @@ impl Lifecycle {
             if disk.process.borrow().is_some() {
                 return;
             }
-            if disk.doing() == Some(Doing::Park) {
+            if disk.doing() == Some(PendingOperation::Park) {
                 return;
             }
             if disk.doing().is_some() {

@@ -9,7 +9,7 @@ use crate::kernel;
 use crate::log::{tell, LogContext};
 use crate::process::SOON;
 use crate::ram_files;
-use control::supervisor::{Doing, What, Which};
+use control::supervisor::{PendingOperation, What, Which};
 use control::{Code, Failure};
 use std::io;
 use std::rc::Rc;
@@ -25,7 +25,7 @@ impl Lifecycle {
     pub fn destroy_later(self: &Rc<Self>, disk: &Rc<Disk>) {
         if disk.advance(DiskFate::Doomed) {
             // The next supervisor continues it. If this change cannot be stored, the caller asks again.
-            disk.record.borrow_mut().doing = Some(Doing::Destroy);
+            disk.record.borrow_mut().doing = Some(PendingOperation::Destroy);
             self.registry.note(disk);
             let (lifecycle, disk) = (self.clone(), disk.clone());
             tokio::task::spawn_local(async move { lifecycle.demolish(&disk).await });

@@ -12,7 +12,7 @@ use crate::registry::Registry;
 use crate::rpc_client::{unexpected, RpcClient, EVER};
 use crate::state::{DiskState, StateOwner};
 use control::supervisor::What;
-use control::tapdisk::{Needed, Provided, Reply, Request};
+use control::tapdisk::{FdGrant, Reply, Request, RequestedFile};
 use control::{Code, Failure, Target, TlsFile};
 use std::convert::Infallible;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -64,7 +64,7 @@ impl OutputCounters {
         &mut self,
         registry: &Registry,
         process: &Process,
-        answer: &Result<(Given, Provided), Failure>,
+        answer: &Result<(Given, FdGrant), Failure>,
     ) {
         let (rate, what) = match answer {
             Err(failure) => {
@@ -163,11 +163,11 @@ impl Given {
 async fn send(
     link: &mut RpcClient,
     number: u64,
-    answer: Result<(Given, Provided), Failure>,
+    answer: Result<(Given, FdGrant), Failure>,
 ) -> Result<(), Failure> {
     let (given, provided) = match answer {
         Ok((given, provided)) => (Some(given), provided),
-        Err(failure) => (None, Provided::Refused(failure)),
+        Err(failure) => (None, FdGrant::Refused(failure)),
     };
     let fds: Vec<_> = given.iter().filter_map(Given::fd).collect();
     let backing = match &given {
@@ -188,50 +188,50 @@ impl Lifecycle {
     async fn provide(
         &self,
         process: &Process,
-        what: &Needed,
-    ) -> Result<(Given, Provided), Failure> {
+        what: &RequestedFile,
+    ) -> Result<(Given, FdGrant), Failure> {
         let disk = self.registry.of_process(process).ok_or_else(|| {
             Failure::new(Code::State, "a process without a disk is given nothing")
         })?;
         match what {
-            Needed::State { size } => state(&disk, process, *size),
-            Needed::Notes => self.notes(&disk),
-            Needed::Marks => Ok((Given::Nothing, Provided::Marks(self.marks(&disk)))),
-            Needed::Changed { mark, size, from } => {
+            RequestedFile::State { size } => state(&disk, process, *size),
+            RequestedFile::Notes => self.notes(&disk),
+            RequestedFile::Marks => Ok((Given::Nothing, FdGrant::Marks(self.marks(&disk)))),
+            RequestedFile::Changed { mark, size, from } => {
                 let changed = self.changed_of(&disk, *mark, *size, *from).await?;
-                Ok((Given::Nothing, Provided::Changed(changed)))
+                Ok((Given::Nothing, FdGrant::Changed(changed)))
             }
-            Needed::Trace => {
+            RequestedFile::Trace => {
                 let file = self.open_trace(&disk).await?;
-                Ok((Given::File(file), Provided::Shared))
+                Ok((Given::File(file), FdGrant::Shared))
             }
-            Needed::Parent { path } => self.file(&disk, PartRole::Parent, path).await,
-            Needed::Extent { path } => self.file(&disk, PartRole::Extent, path).await,
-            Needed::Socket { path } => self.connect(&disk, path).await,
-            Needed::Server { target } => self.server(&disk, target).await,
-            Needed::Credential { target, file } => credential(&disk, target, *file).await,
-            Needed::Key { target } => the_key(&disk, target).await,
-            Needed::Other => Err(Failure::unsupported(
+            RequestedFile::Parent { path } => self.file(&disk, PartRole::Parent, path).await,
+            RequestedFile::Extent { path } => self.file(&disk, PartRole::Extent, path).await,
+            RequestedFile::Socket { path } => self.connect(&disk, path).await,
+            RequestedFile::Server { target } => self.server(&disk, target).await,
+            RequestedFile::Credential { target, file } => credential(&disk, target, *file).await,
+            RequestedFile::Key { target } => the_key(&disk, target).await,
+            RequestedFile::Other => Err(Failure::unsupported(
                 "this blktapctrl does not know the request of the tapdisk: install the blktapctrl of its version",
             )),
         }
     }
 
     /// The process still is that of a disk, on whose record is what it is to be given.
-    fn still(&self, process: &Process, what: &Needed) -> Result<(), Failure> {
+    fn still(&self, process: &Process, what: &RequestedFile) -> Result<(), Failure> {
         let role = match what {
-            Needed::Parent { .. } => Some(PartRole::Parent),
-            Needed::Extent { .. } => Some(PartRole::Extent),
-            Needed::Socket { .. } => Some(PartRole::Socket),
-            Needed::Server { .. }
-            | Needed::Credential { .. }
-            | Needed::Key { .. }
-            | Needed::State { .. }
-            | Needed::Notes
-            | Needed::Marks
-            | Needed::Changed { .. }
-            | Needed::Trace
-            | Needed::Other => None,
+            RequestedFile::Parent { .. } => Some(PartRole::Parent),
+            RequestedFile::Extent { .. } => Some(PartRole::Extent),
+            RequestedFile::Socket { .. } => Some(PartRole::Socket),
+            RequestedFile::Server { .. }
+            | RequestedFile::Credential { .. }
+            | RequestedFile::Key { .. }
+            | RequestedFile::State { .. }
+            | RequestedFile::Notes
+            | RequestedFile::Marks
+            | RequestedFile::Changed { .. }
+            | RequestedFile::Trace
+            | RequestedFile::Other => None,
         };
         let disk = self.registry.of_process(process);
         let is_its = disk.is_some_and(|disk| match (role, what.path(), what) {
@@ -239,11 +239,11 @@ impl Lifecycle {
             (
                 _,
                 _,
-                Needed::Server { target }
-                | Needed::Credential { target, .. }
-                | Needed::Key { target },
+                RequestedFile::Server { target }
+                | RequestedFile::Credential { target, .. }
+                | RequestedFile::Key { target },
             ) => serves(&disk, target),
-            (_, _, Needed::Changed { mark, .. }) => self.has_mark(&disk, *mark),
+            (_, _, RequestedFile::Changed { mark, .. }) => self.has_mark(&disk, *mark),
             _ => true,
         });
         match is_its && !process.is_dismissed() {
@@ -260,7 +260,7 @@ impl Lifecycle {
         disk: &Disk,
         role: PartRole,
         path: &Path,
-    ) -> Result<(Given, Provided), Failure> {
+    ) -> Result<(Given, FdGrant), Failure> {
         let (file, part) = self.admission.file(disk, role, path).await?;
         let open = self.leads_to(disk)?;
         let direct = match role {
@@ -271,8 +271,8 @@ impl Lifecycle {
         let again = file.clone();
         let opened = blocking_io(path, LIMIT, move || again.open(write, direct)).await?;
         let provided = match part.locked {
-            true => Provided::Locked,
-            false => Provided::Shared,
+            true => FdGrant::Locked,
+            false => FdGrant::Shared,
         };
         let given = match role {
             PartRole::Parent => Given::Parent(opened, self.lend(disk, &open, &part, &file).await),
@@ -282,25 +282,25 @@ impl Lifecycle {
     }
 
     /// Where the process notes what it writes.
-    fn notes(&self, disk: &Disk) -> Result<(Given, Provided), Failure> {
+    fn notes(&self, disk: &Disk) -> Result<(Given, FdGrant), Failure> {
         let map = self.open_notes(disk)?;
-        Ok((Given::State(map), Provided::Shared))
+        Ok((Given::State(map), FdGrant::Shared))
     }
 
     /// A connection to the server of an export, which whoever made the disk has named.
-    async fn server(&self, disk: &Disk, target: &Target) -> Result<(Given, Provided), Failure> {
+    async fn server(&self, disk: &Disk, target: &Target) -> Result<(Given, FdGrant), Failure> {
         let export = target.export().filter(|_| serves(disk, target));
         let export = export.ok_or_else(|| not_its(disk, target))?;
         let place = PathBuf::from(export.to_string());
         let stream = server::connect(export.clone(), self.registry.folder.root()).await?;
-        Ok((Given::Export { stream, place }, Provided::Shared))
+        Ok((Given::Export { stream, place }, FdGrant::Shared))
     }
 
-    async fn connect(&self, disk: &Disk, path: &Path) -> Result<(Given, Provided), Failure> {
+    async fn connect(&self, disk: &Disk, path: &Path) -> Result<(Given, FdGrant), Failure> {
         let (socket, again) = self.admission.socket(disk, path).await?;
         let stream = server::connect_to(socket, path).await?;
         let again = again.then(|| path.to_path_buf());
-        Ok((Given::Server { stream, again }, Provided::Shared))
+        Ok((Given::Server { stream, again }, FdGrant::Shared))
     }
 }
 
@@ -309,21 +309,21 @@ async fn credential(
     disk: &Disk,
     target: &Target,
     file: TlsFile,
-) -> Result<(Given, Provided), Failure> {
+) -> Result<(Given, FdGrant), Failure> {
     if !serves(disk, target) {
         return Err(not_its(disk, target));
     }
     let opened = server::credential(target, file).await?;
-    Ok((Given::File(opened), Provided::Shared))
+    Ok((Given::File(opened), FdGrant::Shared))
 }
 
 /// The file with the key of an image, which whoever made the disk has named.
-async fn the_key(disk: &Disk, target: &Target) -> Result<(Given, Provided), Failure> {
+async fn the_key(disk: &Disk, target: &Target) -> Result<(Given, FdGrant), Failure> {
     if !serves(disk, target) {
         return Err(not_its(disk, target));
     }
     let opened = key::open(target).await?;
-    Ok((Given::File(opened), Provided::Shared))
+    Ok((Given::File(opened), FdGrant::Shared))
 }
 
 fn not_its(disk: &Disk, target: &Target) -> Failure {
@@ -343,12 +343,12 @@ fn serves(disk: &Disk, target: &Target) -> bool {
 }
 
 /// The state that is the disk's, or a new one.
-fn state(disk: &Disk, process: &Process, size: u64) -> Result<(Given, Provided), Failure> {
+fn state(disk: &Disk, process: &Process, size: u64) -> Result<(Given, FdGrant), Failure> {
     let record = disk.record.borrow();
     let (place, whose) = match &record.next {
         Some(next) => (&disk.next_state, StateOwner::next(disk.minor, next)),
         None => (&disk.state, StateOwner::served(&record)),
     };
     let fd = DiskState::give(&mut place.borrow_mut(), whose, size, process.known())?;
-    Ok((Given::State(fd), Provided::Shared))
+    Ok((Given::State(fd), FdGrant::Shared))
 }

@@ -11,7 +11,7 @@ use crate::quota::QuotaGroup;
 use crate::rpc_client::{unexpected, RpcClient, EVER};
 use control::supervisor::{self, GroupChanges};
 use control::tapdisk::{Reply, Request};
-use control::{Code, Failure, GroupName, Limits, Pace, Share, Used};
+use control::{Code, Failure, GroupName, GroupRate, Limits, RateShare, ShareUsage};
 use std::convert::Infallible;
 use std::rc::Rc;
 use std::time::Duration;
@@ -75,7 +75,7 @@ async fn tell_share(
     group: &QuotaGroup,
     minor: u32,
     pid: u32,
-) -> Result<Option<Used>, Failure> {
+) -> Result<Option<ShareUsage>, Failure> {
     let (number, share) = group.share(minor, pid);
     match link.ask(&Request::Share(share), &[], EVER).await {
         Ok(Reply::Used(used)) => {
@@ -129,7 +129,7 @@ impl Lifecycle {
 
     /// Returns the share of the group for a process, if its disk is in a group. If the group is not there, although it
     /// is on record, that is as little as a guest can work with.
-    pub(super) fn share(&self, disk: &Disk, process: &Process) -> Option<Share> {
+    pub(super) fn share(&self, disk: &Disk, process: &Process) -> Option<RateShare> {
         let name = disk.record.borrow().policy.group.clone()?;
         if let Some(group) = self.group(disk) {
             // The process was started before it had a disk.
@@ -142,11 +142,11 @@ impl Lifecycle {
             "disk {}: its group {name} is not there, so it does next to nothing: make it: `tap-ctl group set {name} --bps 100M`",
             disk.minor
         );
-        let least = Pace {
+        let least = GroupRate {
             bytes: Some(Limits::LEAST_BYTES),
             milli_requests: None,
         };
-        Some(Share {
+        Some(RateShare {
             pace: least,
             until: Duration::ZERO,
             after: least,

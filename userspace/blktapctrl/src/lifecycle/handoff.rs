@@ -19,7 +19,7 @@ use crate::log::tell;
 use crate::process::{Process, SOON};
 use crate::record::{DesiredState, PendingHandoff};
 use crate::rpc_client::{unexpected, EVER};
-use control::supervisor::{Doing, HandedOff, What};
+use control::supervisor::{HandedOff, PendingOperation, What};
 use control::tapdisk::{self, Open, Reply, Request, State};
 use control::{Code, Failure};
 use std::fs;
@@ -84,7 +84,7 @@ impl Lifecycle {
         self.finish_before(disk).await?;
         check_served(disk)?;
         self.registry.change(disk, |record| {
-            record.doing = Some(Doing::Handoff);
+            record.doing = Some(PendingOperation::Handoff);
             record.handoff = Some(PendingHandoff {
                 program: program.clone(),
                 process: None,

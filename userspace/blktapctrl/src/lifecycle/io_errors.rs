@@ -9,7 +9,7 @@ use crate::record::DesiredState;
 use crate::registry::Registry;
 use crate::rpc_client::{unexpected, RpcClient, EVER};
 use control::supervisor::{Kernel, What};
-use control::tapdisk::{Call, Reply, Request, Trouble, Troubles};
+use control::tapdisk::{Call, IoErrorReport, Reply, Request, Trouble};
 use control::{Code, Failure, LeaseKind};
 use std::convert::Infallible;
 use std::rc::Rc;
@@ -134,14 +134,14 @@ fn is_served(registry: &Registry, process: &Process) -> bool {
         .is_some_and(|disk| disk.record.borrow().want != DesiredState::Paused)
 }
 
-async fn ask(link: &mut RpcClient, after: Option<u64>) -> Result<Troubles, Failure> {
+async fn ask(link: &mut RpcClient, after: Option<u64>) -> Result<IoErrorReport, Failure> {
     match link.ask(&Request::Troubles { after }, &[], EVER).await? {
         Reply::Troubles(troubles) => Ok(troubles),
         reply => Err(unexpected(&reply)),
     }
 }
 
-fn tell(registry: &Registry, disk: &Disk, told: &Troubles, more: u64) {
+fn tell(registry: &Registry, disk: &Disk, told: &IoErrorReport, more: u64) {
     if let Some(trouble) = told.last.clone() {
         add(registry, disk, trouble, more, told.is_stopped);
     }

@@ -3,14 +3,14 @@
 
 use super::credentials;
 use crate::image::Opened;
-use control::{Failure, Secrecy, Target};
+use control::{Failure, FileSecrecy, Target};
 
 /// Opens the file with the key of an image, for reading.
 ///
 /// # Errors
 /// The target names none, there is none, or others may read it.
 pub(super) async fn open(target: &Target) -> Result<Opened, Failure> {
-    credentials::open(target, "key", target.key(), Secrecy::Secret).await
+    credentials::open(target, "key", target.key(), FileSecrecy::Secret).await
 }
 
 /// Refuses to put the guest's data of an encrypted image into an unencrypted one; only an explicit copy (mirror) may do

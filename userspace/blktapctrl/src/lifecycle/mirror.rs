@@ -19,7 +19,7 @@ use crate::process::{Process, OPEN, SOON};
 use crate::record::{DesiredState, DiskPart, NextImage, PartRole, PendingMirror};
 use crate::rpc_client::EVER;
 use control::stats::{Mirror, Mirroring};
-use control::supervisor::{Doing, MirrorTo, Mode, Moved, What};
+use control::supervisor::{MirrorTo, Mode, MovedDisk, PendingOperation, What};
 use control::tapdisk::{Open, Request};
 use control::{Code, Driver, Failure, Target};
 use std::rc::Rc;
@@ -329,7 +329,7 @@ impl Lifecycle {
         owes_nothing(disk).await?;
         // Another user may have come to the disk's old image: a guest that migrates, and resumes there.
         self.check_followed(disk, &mirror.open.target)?;
-        self.begin(disk, Doing::Mirror)?;
+        self.begin(disk, PendingOperation::Mirror)?;
         let begun = Instant::now();
         match self.close_both(disk, mirror, image).await {
             Ok(()) => self.moved(disk, Some(begun.elapsed())).await,
@@ -389,7 +389,7 @@ impl Lifecycle {
         }
         over(disk, Mirroring::Complete);
         let micros = |pause: Duration| pause.as_micros().try_into().unwrap_or(u64::MAX);
-        let what = What::Moved(Moved {
+        let what = What::Moved(MovedDisk {
             from,
             to: disk.open()?.target,
             marked,

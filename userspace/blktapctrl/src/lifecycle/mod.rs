@@ -48,7 +48,7 @@ use crate::quota::Quota;
 use crate::record::DesiredState;
 use crate::registry::Registry;
 use ::lease::{Lease, LeaseClaim};
-use control::supervisor::Doing;
+use control::supervisor::PendingOperation;
 use control::tapdisk;
 use control::{Code, Failure, LeaseKind};
 use std::cell::{Cell, RefCell};
@@ -170,15 +170,17 @@ impl Lifecycle {
             return Ok(());
         };
         let done = match doing {
-            Doing::Create | Doing::Open => self.finish_open(disk).await.map(drop),
-            Doing::Close => self.finish_close(disk, false, limit).await,
-            Doing::Pause => self.finish_pause(disk, limit).await,
-            Doing::Unpause => self.finish_unpause(disk).await.map(drop),
-            Doing::Handoff => self.finish_handoff(disk).await,
-            Doing::Snapshot => self.finish_snapshot(disk).await,
-            Doing::Mirror => self.finish_mirror(disk).await,
-            Doing::Park => Err(Self::is_parked()),
-            Doing::Destroy => {
+            PendingOperation::Create | PendingOperation::Open => {
+                self.finish_open(disk).await.map(drop)
+            }
+            PendingOperation::Close => self.finish_close(disk, false, limit).await,
+            PendingOperation::Pause => self.finish_pause(disk, limit).await,
+            PendingOperation::Unpause => self.finish_unpause(disk).await.map(drop),
+            PendingOperation::Handoff => self.finish_handoff(disk).await,
+            PendingOperation::Snapshot => self.finish_snapshot(disk).await,
+            PendingOperation::Mirror => self.finish_mirror(disk).await,
+            PendingOperation::Park => Err(Self::is_parked()),
+            PendingOperation::Destroy => {
                 self.destroy_later(disk);
                 Ok(())
             }
@@ -193,7 +195,7 @@ impl Lifecycle {
     async fn make_way(
         self: &Rc<Self>,
         disk: &Rc<Disk>,
-        verb: Doing,
+        verb: PendingOperation,
         limit: Duration,
     ) -> Result<(), Failure> {
         match disk.doing() {
@@ -202,7 +204,7 @@ impl Lifecycle {
         }
     }
 
-    fn begin(&self, disk: &Disk, doing: Doing) -> Result<(), Failure> {
+    fn begin(&self, disk: &Disk, doing: PendingOperation) -> Result<(), Failure> {
         self.registry
             .change(disk, |record| record.doing = Some(doing))
     }

@@ -7,7 +7,7 @@ use crate::disk::Disk;
 use crate::process::SOON;
 use crate::record::DesiredState;
 use crate::rpc_client::unexpected;
-use control::supervisor::{Doing, Mode, What, Which};
+use control::supervisor::{Mode, PendingOperation, What, Which};
 use control::tapdisk::{self, Open, Reply, Request, State};
 use control::{Code, Failure};
 use std::path::PathBuf;
@@ -29,7 +29,8 @@ impl Lifecycle {
         check_files(&files)?;
         let _turn = disk.turn().await?;
         let patience = self.patience.get();
-        self.make_way(disk, Doing::Open, patience).await?;
+        self.make_way(disk, PendingOperation::Open, patience)
+            .await?;
         if disk.record.borrow().want != DesiredState::Idle {
             return Err(Failure::new(
                 Code::State,
@@ -50,7 +51,7 @@ impl Lifecycle {
         let work = |beside| {
             let open = beside_others(open, beside)?;
             self.registry.change(disk, |record| {
-                record.doing = Some(Doing::Open);
+                record.doing = Some(PendingOperation::Open);
                 record.identity = image.as_ref().map(|image| image.identity());
                 record.born = image.as_ref().and_then(|image| image.born());
                 record.open = Some(open);
@@ -70,7 +71,7 @@ impl Lifecycle {
         self: &Rc<Self>,
         disk: &Rc<Disk>,
     ) -> Result<tapdisk::Disk, Failure> {
-        let created = disk.doing() == Some(Doing::Create);
+        let created = disk.doing() == Some(PendingOperation::Create);
         let served = match self.prepare_memory(disk) {
             Ok(()) => self.serve(disk).await,
             Err(failure) => Err(failure),
@@ -123,9 +124,9 @@ impl Lifecycle {
     ) -> Result<(), Failure> {
         let _turn = disk.turn().await?;
         if !force {
-            self.make_way(disk, Doing::Close, limit).await?;
+            self.make_way(disk, PendingOperation::Close, limit).await?;
         }
-        self.begin(disk, Doing::Close)?;
+        self.begin(disk, PendingOperation::Close)?;
         disk.unless_doomed(self.finish_close(disk, force, limit))
             .await
     }

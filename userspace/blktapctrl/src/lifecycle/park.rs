@@ -12,7 +12,7 @@ use crate::disk::{Disk, DiskFate};
 use crate::kernel::Make;
 use crate::log::tell;
 use crate::record::DesiredState;
-use control::supervisor::Doing;
+use control::supervisor::PendingOperation;
 use control::{Code, Failure};
 use std::io;
 use std::rc::Rc;
@@ -69,10 +69,10 @@ impl Lifecycle {
             Failure::new(failure.code, about)
         };
         let _turn = disk.turn().await?;
-        if disk.doing() != Some(Doing::Park) {
+        if disk.doing() != Some(PendingOperation::Park) {
             self.finish_before(disk).await.map_err(named)?;
             self.has_no_guest(disk).map_err(named)?;
-            self.begin(disk, Doing::Park)?;
+            self.begin(disk, PendingOperation::Park)?;
         }
         let gone = disk.unless_doomed(self.let_node_go(disk, limit)).await;
         gone.map_err(named)
@@ -134,7 +134,7 @@ impl Lifecycle {
     /// The module does not make the node of one: it stays parked.
     pub async fn unpark(self: &Rc<Self>) -> Result<Vec<u32>, Failure> {
         let all = self.registry.all();
-        let is_parked = |disk: &Rc<Disk>| disk.doing() == Some(Doing::Park);
+        let is_parked = |disk: &Rc<Disk>| disk.doing() == Some(PendingOperation::Park);
         let disks: Vec<_> = all.into_iter().filter(is_parked).collect();
         let unparks = disks.iter().map(|disk| async {
             self.unpark_one(disk).await?;
@@ -152,7 +152,7 @@ impl Lifecycle {
         let Ok(_turn) = disk.turn().await else {
             return Ok(());
         };
-        if disk.doing() != Some(Doing::Park) {
+        if disk.doing() != Some(PendingOperation::Park) {
             return Ok(());
         }
         let is_new = self.make_node_again(disk)?;
@@ -237,7 +237,7 @@ impl Lifecycle {
     /// Registers a disk that an earlier supervisor has parked; the program that parked it asks for its return. True if
     /// it is.
     pub(crate) fn found_parked(&self, disk: &Disk) -> bool {
-        let is_parked = disk.doing() == Some(Doing::Park);
+        let is_parked = disk.doing() == Some(PendingOperation::Park);
         if is_parked {
             self.parked.send_replace(true);
         }

@@ -10,7 +10,7 @@ use crate::image::not_the_same;
 use crate::log::tell;
 use crate::ram_files;
 use crate::record::{DesiredState, NextImage};
-use control::supervisor::{Doing, What};
+use control::supervisor::{PendingOperation, What};
 use control::tapdisk::{self, Open, Request, State};
 use control::{Code, Failure, Target};
 use std::path::PathBuf;
@@ -29,7 +29,7 @@ impl Lifecycle {
     /// Its process does not answer: it may pause later, and the same verb again waits for that.
     pub async fn pause(self: &Rc<Self>, disk: &Rc<Disk>, limit: Duration) -> Result<(), Failure> {
         let _turn = disk.turn().await?;
-        self.make_way(disk, Doing::Pause, limit).await?;
+        self.make_way(disk, PendingOperation::Pause, limit).await?;
         let (want, doing) = {
             let record = disk.record.borrow();
             (record.want, record.doing)
@@ -40,7 +40,7 @@ impl Lifecycle {
             _ => {}
         }
         // From now on a process that dies is not replaced: nothing is to be served.
-        self.begin(disk, Doing::Pause)?;
+        self.begin(disk, PendingOperation::Pause)?;
         disk.unless_doomed(self.finish_pause(disk, limit)).await
     }
 
@@ -126,8 +126,9 @@ impl Lifecycle {
         check_files(&files)?;
         let _turn = disk.turn().await?;
         let patience = self.patience.get();
-        self.make_way(disk, Doing::Unpause, patience).await?;
-        if disk.doing() == Some(Doing::Unpause) {
+        self.make_way(disk, PendingOperation::Unpause, patience)
+            .await?;
+        if disk.doing() == Some(PendingOperation::Unpause) {
             let leads_to = self.leads_to(disk)?;
             if target
                 .as_ref()
@@ -156,7 +157,7 @@ impl Lifecycle {
         match target {
             Some(target) => self.begin_with(disk, target, files, may_shrink).await?,
             None => self.registry.change(disk, |record| {
-                record.doing = Some(Doing::Unpause);
+                record.doing = Some(PendingOperation::Unpause);
                 if !files.is_empty() {
                     record.files = files;
                 }
@@ -210,7 +211,7 @@ impl Lifecycle {
                 committed,
             };
             self.registry.change(disk, |record| {
-                record.doing = Some(Doing::Unpause);
+                record.doing = Some(PendingOperation::Unpause);
                 record.next = Some(next);
             })
         };

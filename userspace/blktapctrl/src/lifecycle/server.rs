@@ -4,7 +4,7 @@
 use super::credentials;
 use crate::blocking_io::{blocking_io, LIMIT};
 use crate::image::{Image, Opened};
-use control::{Code, Export, Failure, Listener, Secrecy, Target, TlsFile};
+use control::{Code, Export, Failure, FileSecrecy, Listener, Target, TlsFile};
 use rustix::io::ioctl_fionbio;
 use rustix::net::sockopt::{
     set_socket_keepalive, set_socket_timeout, set_tcp_keepcnt, set_tcp_keepidle, set_tcp_keepintvl,
@@ -60,8 +60,8 @@ pub(super) async fn connect(export: Export, ours: &Path) -> Result<OwnedFd, Fail
 pub(super) async fn credential(target: &Target, file: TlsFile) -> Result<Opened, Failure> {
     let path = target.tls().and_then(|tls| tls.path(file));
     let secrecy = match file {
-        TlsFile::Key => Secrecy::Secret,
-        TlsFile::Authorities | TlsFile::Certificate => Secrecy::Public,
+        TlsFile::Key => FileSecrecy::Secret,
+        TlsFile::Authorities | TlsFile::Certificate => FileSecrecy::Public,
     };
     credentials::open(target, file.word(), path, secrecy).await
 }

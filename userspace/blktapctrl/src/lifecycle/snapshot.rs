@@ -26,7 +26,7 @@ use crate::overlay;
 use crate::process::OPEN;
 use crate::record::{parents, DesiredState, NextImage, PendingOverlay};
 use crate::rpc_client::EVER;
-use control::supervisor::{Doing, Mode, Snapshot, What};
+use control::supervisor::{Mode, PendingOperation, Snapshot, What};
 use control::tapdisk::{Open, Request};
 use control::{Code, Driver, Failure, LeaseKind, Target};
 use std::path::{Path, PathBuf};
@@ -198,7 +198,7 @@ impl Lifecycle {
             // A verb that takes the disk away in between has recorded that.
             disk.stays()?;
             self.registry.change(disk, |record| {
-                record.doing = Some(Doing::Snapshot);
+                record.doing = Some(PendingOperation::Snapshot);
                 record.overlay = Some(made.clone());
             })
         };

@@ -15,7 +15,7 @@ use crate::process::Process;
 use crate::record::{DesiredState, InactiveReason};
 use crate::rpc_client::{unexpected, EVER};
 use control::supervisor::What;
-use control::tapdisk::{self, Reply, Request, Stamp, State};
+use control::tapdisk::{self, ImageStamp, Reply, Request, State};
 use control::{Code, Failure};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
@@ -131,7 +131,7 @@ impl Lifecycle {
     async fn became_inactive(
         self: &Rc<Self>,
         disk: &Rc<Disk>,
-        stamp: Option<Stamp>,
+        stamp: Option<ImageStamp>,
     ) -> Result<(), Failure> {
         self.take_from_kernel(disk, DRAIN).await?;
         self.give_lease_up(disk).await;

@@ -12,7 +12,7 @@ use crate::folder;
 use crate::log::{tell, LogContext};
 use crate::record::KnownProcess;
 use crate::rpc_client::RpcClient;
-use control::supervisor::Binary;
+use control::supervisor::ProcessBinary;
 use control::Failure;
 pub use output::Output;
 pub use start::{unnamed, Program};
@@ -113,12 +113,12 @@ impl Process {
 
     /// Returns its program, from the system; nothing if it has ended.
     #[must_use]
-    pub fn binary(&self) -> Option<Binary> {
+    pub fn binary(&self) -> Option<ProcessBinary> {
         let link = format!("/proc/{}/exe", self.pid());
         let path = fs::read_link(link).ok()?;
         let text = path.as_os_str().as_bytes();
         let was = text.strip_suffix(b" (deleted)");
-        Some(Binary {
+        Some(ProcessBinary {
             path: was.map_or_else(|| path.clone(), |was| OsStr::from_bytes(was).into()),
             replaced: was.is_some(),
             version: self.version.borrow().clone(),

@@ -13,7 +13,7 @@
 
 use super::divide::{divide, ALL};
 use control::supervisor;
-use control::{GroupName, Limits, Pace, Share, Used, MILLI};
+use control::{GroupName, GroupRate, Limits, RateShare, ShareUsage, MILLI};
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
@@ -46,14 +46,14 @@ enum LimitedQuantity {
 impl LimitedQuantity {
     const BOTH: [LimitedQuantity; 2] = [LimitedQuantity::Bytes, LimitedQuantity::Requests];
 
-    fn of(self, pace: &Pace) -> Option<u64> {
+    fn of(self, pace: &GroupRate) -> Option<u64> {
         match self {
             LimitedQuantity::Bytes => pace.bytes,
             LimitedQuantity::Requests => pace.milli_requests,
         }
     }
 
-    fn put(self, pace: &mut Pace, value: Option<u64>) {
+    fn put(self, pace: &mut GroupRate, value: Option<u64>) {
         match self {
             LimitedQuantity::Bytes => pace.bytes = value,
             LimitedQuantity::Requests => pace.milli_requests = value,
@@ -66,11 +66,11 @@ impl LimitedQuantity {
 struct SharePromise {
     pid: u32,
     number: u64,
-    pace: Pace,
+    pace: GroupRate,
     until: Duration,
     from: Duration,
     /// Nothing if an earlier supervisor has told it: an equal part.
-    after: Option<Pace>,
+    after: Option<GroupRate>,
     /// The process has heard it.
     is_heard: bool,
 }
@@ -79,7 +79,7 @@ struct SharePromise {
 #[derive(Clone, Copy, Debug)]
 struct Sample {
     at: Duration,
-    used: Used,
+    used: ShareUsage,
 }
 
 #[derive(Debug, Default)]
@@ -118,12 +118,12 @@ impl Member {
     }
 
     /// Returns its recent use in a second; zero if it has not reported that.
-    fn pace(&self, now: Duration) -> Pace {
+    fn pace(&self, now: Duration) -> GroupRate {
         let (Some(first), Some(last)) = (self.samples.front(), self.samples.back()) else {
-            return Pace::default();
+            return GroupRate::default();
         };
         if last.at + LATE < now {
-            return Pace::default();
+            return GroupRate::default();
         }
         let time = last.at.saturating_sub(first.at).max(RECENT).as_millis();
         let in_a_second = |amount: u64| {
@@ -132,7 +132,7 @@ impl Member {
         };
         let (first, last) = (first.used, last.used);
         let requests = last.requests.saturating_sub(first.requests);
-        Pace {
+        GroupRate {
             bytes: Some(in_a_second(last.bytes.saturating_sub(first.bytes))),
             milli_requests: Some(in_a_second(requests.saturating_mul(MILLI))),
         }
@@ -149,7 +149,7 @@ impl Member {
 
     /// Returns its demand in a second.
     fn wants(&self, thing: LimitedQuantity, now: Duration) -> u64 {
-        let own = thing.of(&Pace::of(&self.own)).unwrap_or(ALL);
+        let own = thing.of(&GroupRate::of(&self.own)).unwrap_or(ALL);
         if self.lacks(thing, now) {
             return own;
         }
@@ -158,7 +158,7 @@ impl Member {
         does.saturating_add(does / 4).min(own)
     }
 
-    fn told(&mut self, pid: u32, used: Used, now: Duration) -> Used {
+    fn told(&mut self, pid: u32, used: ShareUsage, now: Duration) -> ShareUsage {
         if self.of != Some(pid) {
             self.of = Some(pid);
             self.samples.clear();
@@ -177,7 +177,7 @@ impl Member {
         {
             self.samples.pop_front();
         }
-        Used {
+        ShareUsage {
             came: used.came.saturating_sub(before.came),
             requests: used.requests.saturating_sub(before.requests),
             bytes: used.bytes.saturating_sub(before.bytes),
@@ -235,7 +235,7 @@ impl Ledger {
 
     /// An earlier supervisor may have told a process anything, until then.
     pub fn adopt(&mut self, minor: u32, pid: u32, until: Duration) {
-        let all = Pace::of(&self.limits);
+        let all = GroupRate::of(&self.limits);
         if let Some(member) = self.members.get_mut(&minor) {
             member.promises.push(SharePromise {
                 pid,
@@ -250,10 +250,10 @@ impl Ledger {
     }
 
     /// An equal part.
-    fn equal(&self) -> Pace {
-        let all = Pace::of(&self.limits);
+    fn equal(&self) -> GroupRate {
+        let all = GroupRate::of(&self.limits);
         let count = self.members.len().max(1) as u64;
-        Pace {
+        GroupRate {
             bytes: all.bytes.map(|bytes| bytes / count),
             milli_requests: all.milli_requests.map(|requests| requests / count),
         }
@@ -261,7 +261,7 @@ impl Ledger {
 
     /// Returns the part that a disk should have.
     fn target(&self, minor: u32, thing: LimitedQuantity, now: Duration) -> Option<u64> {
-        let all = thing.of(&Pace::of(&self.limits))?;
+        let all = thing.of(&GroupRate::of(&self.limits))?;
         let wants: Vec<u64> = self
             .members
             .values()
@@ -276,7 +276,7 @@ impl Ledger {
 
     /// Returns the part that the others leave now.
     fn left(&self, minor: u32, thing: LimitedQuantity, now: Duration) -> u64 {
-        let all = thing.of(&Pace::of(&self.limits)).unwrap_or(0);
+        let all = thing.of(&GroupRate::of(&self.limits)).unwrap_or(0);
         let equal = thing.of(&self.equal()).unwrap_or(0);
         let others = self.members.iter().filter(|(known, _)| **known != minor);
         let held = others.map(|(_, member)| member.held(thing, now, equal));
@@ -284,8 +284,8 @@ impl Ledger {
     }
 
     /// Returns the next share of a process, and the number by which it is [answered](Self::answered).
-    pub fn share(&mut self, minor: u32, pid: u32, now: Duration) -> (u64, Share) {
-        let mut pace = Pace::default();
+    pub fn share(&mut self, minor: u32, pid: u32, now: Duration) -> (u64, RateShare) {
+        let mut pace = GroupRate::default();
         for thing in LimitedQuantity::BOTH {
             let target = self.target(minor, thing, now);
             let part = target.map(|target| target.min(self.left(minor, thing, now)));
@@ -307,7 +307,7 @@ impl Ledger {
         if let Some(member) = self.members.get_mut(&minor) {
             member.promises.push(promise);
         }
-        let share = Share {
+        let share = RateShare {
             pace,
             until,
             after,
@@ -318,7 +318,7 @@ impl Ledger {
     }
 
     /// Records that a process has taken the share of this number, and its reported use.
-    pub fn answered(&mut self, minor: u32, pid: u32, number: u64, used: Used, now: Duration) {
+    pub fn answered(&mut self, minor: u32, pid: u32, number: u64, used: ShareUsage, now: Duration) {
         let Some(member) = self.members.get_mut(&minor) else {
             return;
         };

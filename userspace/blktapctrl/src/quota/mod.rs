@@ -10,7 +10,7 @@ pub mod ledger;
 use crate::folder::{self, Folder};
 use crate::log::{tell, LogContext};
 use control::supervisor::{self, GroupChanges};
-use control::{Code, Failure, GroupName, Limits, Share, Used};
+use control::{Code, Failure, GroupName, Limits, RateShare, ShareUsage};
 use ledger::{Ledger, SETTLED};
 use rustix::time::{clock_gettime, ClockId};
 use serde::{Deserialize, Serialize};
@@ -73,12 +73,12 @@ impl QuotaGroup {
 
     /// Returns the next share of a process, and its number.
     #[must_use]
-    pub fn share(&self, minor: u32, pid: u32) -> (u64, Share) {
+    pub fn share(&self, minor: u32, pid: u32) -> (u64, RateShare) {
         self.ledger.borrow_mut().share(minor, pid, now())
     }
 
     /// Records the answer of a process, with its disk's use of the limits.
-    pub fn answered(&self, minor: u32, pid: u32, number: u64, used: Used) {
+    pub fn answered(&self, minor: u32, pid: u32, number: u64, used: ShareUsage) {
         let mut ledger = self.ledger.borrow_mut();
         ledger.answered(minor, pid, number, used, now());
     }

@@ -14,7 +14,7 @@ use crate::log::{tell, tell_left_out, LineLimit, LogContext};
 use crate::process::Process;
 use crate::record::{Record, Records};
 use crate::store::{relative, Store};
-use control::supervisor::{Counted, Doing, Mode, What, Which};
+use control::supervisor::{Counted, Mode, PendingOperation, What, Which};
 use control::tapdisk::Open;
 use control::{Code, Failure};
 use named_memory::NamedMemories;
@@ -217,7 +217,7 @@ impl Registry {
         change(&mut record);
         if disk.fate() != DiskFate::Stays {
             // The next supervisor continues its end, whatever verb has begun.
-            record.doing = Some(Doing::Destroy);
+            record.doing = Some(PendingOperation::Destroy);
         }
         self.records
             .write(&record)

@@ -6,7 +6,7 @@ use super::mirror::{asked, is_marked, is_served_from, says, until_over};
 use super::steps::{at_each_step, create_of, one};
 use control::stats::Mirroring;
 use control::supervisor::{Create, MirrorTo, Request, What};
-use control::tapdisk::Needed;
+use control::tapdisk::RequestedFile;
 use control::{Code, Target};
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -34,7 +34,7 @@ fn mark(path: &Path) {
 /// Makes an image with `a.img` as its backing image, which its process requests.
 fn over(dir: &Path, name: &str) {
     let path = dir.join("a.img");
-    let parent = serde_json::to_string(&Needed::Parent { path }).expect("text");
+    let parent = serde_json::to_string(&RequestedFile::Parent { path }).expect("text");
     fs::write(dir.join(name), parent).expect("write");
 }
 

@@ -3,7 +3,7 @@
 
 use super::bed::{block_on, kill, test, until, which, Bed, Succession};
 use blktapctrl::{recovery, watchdog};
-use control::supervisor::{Hung, Reply, Request, What, Which};
+use control::supervisor::{HungAction, Reply, Request, What, Which};
 use control::tapdisk::{Call, State};
 use control::Code;
 use std::fs;
@@ -211,7 +211,7 @@ fn who_hangs_is_reported_or_killed() {
         bed.image("b.img", "B");
         let reported = bed.made(bed.create("a.img")).await;
         let mut create = bed.create("b.img");
-        create.policy.hung = Hung::Kill;
+        create.policy.hung = HungAction::Kill;
         let killed = bed.made(create).await;
         let first = bed.row(killed).await.pid;
         let look = || {

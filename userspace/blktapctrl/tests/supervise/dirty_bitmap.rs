@@ -6,7 +6,7 @@ use super::fake::{put, FakeKernel};
 use super::steps::{at_each_step, create, one, pause, unpause};
 use blktapctrl::recovery;
 use control::supervisor::{Mode, Reply, Request, What};
-use control::tapdisk::{Needed, Provided, State};
+use control::tapdisk::{FdGrant, RequestedFile, State};
 use control::{Changed, Code, Extent, Failure, Mark, MarkName, MAX_MARKS};
 use std::fs;
 use std::path::PathBuf;
@@ -151,8 +151,8 @@ fn what_has_changed_since_each_mark_is_known() {
 }
 
 /// The process asks in the middle of a verb, which waits for it.
-async fn told(bed: &Bed, what: &[Needed]) -> Result<Vec<String>, Failure> {
-    let line = |what: &Needed| serde_json::to_string(what).expect("json") + "\n";
+async fn told(bed: &Bed, what: &[RequestedFile]) -> Result<Vec<String>, Failure> {
+    let line = |what: &RequestedFile| serde_json::to_string(what).expect("json") + "\n";
     let lines: String = what.iter().map(line).collect();
     put(bed.dir.join("ask-later"), lines);
     let before = bed.log().len();
@@ -165,29 +165,29 @@ async fn told(bed: &Bed, what: &[Needed]) -> Result<Vec<String>, Failure> {
 #[test]
 fn the_process_is_told_what_tap_ctl_is_told() {
     test("marks-told", |bed| async move {
-        let json = |what: &Provided| serde_json::to_string(what).expect("json");
-        let ask = |mark: &Mark| Needed::Changed {
+        let json = |what: &FdGrant| serde_json::to_string(what).expect("json");
+        let ask = |mark: &Mark| RequestedFile::Changed {
             mark: mark.number,
             size: SIZE,
             from: 0,
         };
         disk(&bed).await;
-        let none = told(&bed, &[Needed::Marks]).await.expect("told");
-        assert_eq!(none, [json(&Provided::Marks(vec![]))]);
+        let none = told(&bed, &[RequestedFile::Marks]).await.expect("told");
+        assert_eq!(none, [json(&FdGrant::Marks(vec![]))]);
         marks(&bed, mark("a")).await.expect("set");
         write(&bed, 0, &[1, 15]);
         let both = all(&bed, mark("b")).await.expect("set");
         write(&bed, 1, &[2]);
-        let questions = [Needed::Marks, ask(&both[0]), ask(&both[1])];
-        let mut wanted = vec![json(&Provided::Marks(both.clone()))];
+        let questions = [RequestedFile::Marks, ask(&both[0]), ask(&both[1])];
+        let mut wanted = vec![json(&FdGrant::Marks(both.clone()))];
         for name in ["a", "b"] {
             let changed = changed(&bed, name).await.expect("a mark");
             assert!(!changed.extents.is_empty());
-            wanted.push(json(&Provided::Changed(changed)));
+            wanted.push(json(&FdGrant::Changed(changed)));
         }
         assert_eq!(told(&bed, &questions).await.expect("told"), wanted);
         // From a place on, and of a disk that has grown.
-        let later = Needed::Changed {
+        let later = RequestedFile::Changed {
             mark: both[0].number,
             size: SIZE + UNIT,
             from: 3 * UNIT,
@@ -202,7 +202,7 @@ fn the_process_is_told_what_tap_ctl_is_told() {
             extents,
             next: None,
         };
-        let wanted = [json(&Provided::Changed(changed))];
+        let wanted = [json(&FdGrant::Changed(changed))];
         assert_eq!(told(&bed, &[later]).await.expect("told"), wanted);
         // It hears that a mark is gone, and is not told of another one that has its name.
         marks(&bed, forget("b")).await.expect("gone");

@@ -5,7 +5,7 @@ use super::bed::{block_on, kill, test, until, which, Bed, Succession};
 use super::fake::put;
 use blktapctrl::recovery;
 use control::supervisor::{Create, Mode, Request, What};
-use control::tapdisk::{Needed, Open};
+use control::tapdisk::{Open, RequestedFile};
 use control::{Code, Target};
 use std::fs;
 use std::io::Read;
@@ -17,15 +17,15 @@ use std::thread::JoinHandle;
 use std::time::Instant;
 
 /// Sets the requests of the next process.
-pub(crate) fn ask(bed: &Bed, list: &str, needs: &[Needed]) {
+pub(crate) fn ask(bed: &Bed, list: &str, needs: &[RequestedFile]) {
     let lines = needs
         .iter()
         .map(|need| serde_json::to_string(need).expect("text") + "\n");
     put(bed.dir.join(list), lines.collect::<String>());
 }
 
-fn parent(path: &Path) -> Needed {
-    Needed::Parent { path: path.into() }
+fn parent(path: &Path) -> RequestedFile {
+    RequestedFile::Parent { path: path.into() }
 }
 
 pub(crate) async fn refused(bed: &Bed, create: Create) -> String {
@@ -100,7 +100,7 @@ fn an_image_below_memory_is_shared_and_stays() {
         assert_eq!(below.expect("it was given"), "cached");
         for wrong in [
             parent(&another),
-            Needed::Extent {
+            RequestedFile::Extent {
                 path: golden.clone(),
             },
         ] {
@@ -142,7 +142,7 @@ fn an_image_below_memory_is_shared_and_stays() {
 fn an_extent_belongs_to_one_disk() {
     test("needs-extent", |bed| async move {
         let path = served(&bed);
-        let extent = Needed::Extent { path: path.clone() };
+        let extent = RequestedFile::Extent { path: path.clone() };
         ask(&bed, "ask", std::slice::from_ref(&extent));
         let minor = bed.made(with(&bed, "a.qcow2", &[&path])).await;
         assert_eq!(bed.log()[1..], ["given w old Locked", "open w child"]);
@@ -192,7 +192,7 @@ fn what_nobody_named_is_refused_with_the_remedy() {
         ] {
             for need in [
                 parent(Path::new(path)),
-                Needed::Socket { path: path.into() },
+                RequestedFile::Socket { path: path.into() },
             ] {
                 ask(&bed, "ask", &[need]);
                 let why = refused(&bed, with(&bed, "a.qcow2", &[Path::new("/")])).await;
@@ -200,7 +200,7 @@ fn what_nobody_named_is_refused_with_the_remedy() {
                 assert!(!why.contains('\n') && why.len() < 400, "{why}");
             }
         }
-        ask(&bed, "ask", &[Needed::Other]);
+        ask(&bed, "ask", &[RequestedFile::Other]);
         let why = refused(&bed, bed.create("a.qcow2")).await;
         assert!(why.contains("does not know"), "{why}");
         let why = refused(&bed, with(&bed, "a.qcow2", &[Path::new("b.qcow2")])).await;
@@ -217,7 +217,7 @@ fn a_folder_for_all_disks_is_read_and_not_written() {
         fs::create_dir_all(&folder).expect("a folder");
         let path = folder.join("part.img");
         fs::write(&path, "part").expect("write");
-        let extent = Needed::Extent { path: path.clone() };
+        let extent = RequestedFile::Extent { path: path.clone() };
         ask(&bed, "ask", std::slice::from_ref(&extent));
         let why = refused(&bed, bed.create("a.qcow2")).await;
         assert!(why.contains("when the disk is made or unpaused"), "{why}");
@@ -260,7 +260,7 @@ fn an_unpause_gives_nothing_that_was_not_named() {
             files: files.iter().map(|path| path.to_path_buf()).collect(),
         };
         bed.ask(pause).await.expect("paused");
-        ask(&bed, "ask", &[Needed::Extent { path: path.clone() }]);
+        ask(&bed, "ask", &[RequestedFile::Extent { path: path.clone() }]);
         let failure = bed.ask(unpause(&[])).await.expect_err("it may not");
         assert_eq!(failure.code, Code::Denied);
         bed.ask(unpause(&[&path])).await.expect("it is named");
@@ -365,7 +365,7 @@ fn a_disk_that_is_served_gets_nothing_new() {
 fn who_has_a_part_that_is_the_disks_no_more_is_replaced() {
     test("needs-parted", |bed| async move {
         let path = served(&bed);
-        let extent = [Needed::Extent { path: path.clone() }];
+        let extent = [RequestedFile::Extent { path: path.clone() }];
         bed.image("b.qcow2", "other");
         let pause = || Request::Pause {
             which: which(0),
@@ -467,7 +467,7 @@ fn a_server_is_connected_to_again() {
         fs::create_dir_all(&folder).expect("a folder");
         let path = folder.join("server");
         let server = hello(UnixListener::bind(&path).expect("a socket"));
-        let socket = Needed::Socket { path: path.clone() };
+        let socket = RequestedFile::Socket { path: path.clone() };
         ask(&bed, "ask", std::slice::from_ref(&socket));
         let minor = bed.made(bed.create("a.qcow2")).await;
         assert_eq!(server.join().expect("a server"), *b"hello");
@@ -488,7 +488,7 @@ fn a_server_is_connected_to_again() {
         // Sockets elsewhere, such as that of the supervisor, are not for disks.
         let elsewhere = bed.dir.join("socket");
         let _listener = UnixListener::bind(&elsewhere).expect("a socket");
-        let socket = Needed::Socket { path: elsewhere };
+        let socket = RequestedFile::Socket { path: elsewhere };
         bed.image("b.qcow2", "other");
         let before = bed.log().len();
         ask(&bed, "ask", &[socket]);
@@ -528,7 +528,7 @@ fn an_export_is_reached_by_its_disk_alone() {
             ..bed.create("a.img")
         };
         let first = target(&path, "a");
-        let need = |target: &Target| Needed::Server {
+        let need = |target: &Target| RequestedFile::Server {
             target: target.clone(),
         };
         let server = hello(UnixListener::bind(&path).expect("a socket"));
@@ -592,7 +592,7 @@ fn a_server_on_a_network_is_connected_to() {
             stream.read_exact(&mut text).expect("a client");
             text
         });
-        let need = Needed::Server {
+        let need = RequestedFile::Server {
             target: target.clone(),
         };
         ask(&bed, "ask", std::slice::from_ref(&need));
@@ -619,7 +619,7 @@ fn states(bed: &Bed) -> Vec<String> {
 #[test]
 fn state_of_an_image_is_not_that_of_the_next() {
     let host = Succession::new("needs-state-next");
-    let state = Needed::State { size: 4096 };
+    let state = RequestedFile::State { size: 4096 };
     block_on(async {
         let bed = host.bed();
         bed.image("a.qcow2", "A");
@@ -666,7 +666,7 @@ fn state_of_an_image_is_not_that_of_the_next() {
 #[test]
 fn state_outlives_a_process_and_a_supervisor() {
     let host = Succession::new("needs-state");
-    let (mut pids, state) = (Vec::new(), Needed::State { size: 4096 });
+    let (mut pids, state) = (Vec::new(), RequestedFile::State { size: 4096 });
     block_on(async {
         let bed = host.bed();
         bed.image("a.qcow2", "child");
@@ -691,7 +691,7 @@ fn state_outlives_a_process_and_a_supervisor() {
         let last = states(&bed).pop();
         assert_eq!(last, Some(format!("state of {}", pids[1])));
         // A process that asks for another size does not know the content.
-        ask(&bed, "ask", &[Needed::State { size: 512 }]);
+        ask(&bed, "ask", &[RequestedFile::State { size: 512 }]);
         bed.replaced(0, kill).await;
         assert_eq!(states(&bed).pop(), Some("state ".to_owned()));
         assert_eq!(bed.row(0).await.state_bytes, 512);
@@ -725,7 +725,7 @@ fn a_parent_beside_the_image_is_given_if_nobody_may_write_it() {
         assert!(why.contains("chmod a-w"), "{why}");
         // Not a file for writing, nor one that is elsewhere.
         fixed(&path, 0o444);
-        ask(&bed, "ask", &[Needed::Extent { path: path.clone() }]);
+        ask(&bed, "ask", &[RequestedFile::Extent { path: path.clone() }]);
         let why = refused(&bed, bed.create("a.qcow2")).await;
         assert!(why.contains("when the disk is made or unpaused"), "{why}");
         let folder = bed.dir.join("elsewhere");
@@ -750,7 +750,7 @@ fn files_of_a_vmdk_are_known_by_their_names() {
         bed.image("a.vmdk", "descriptor");
         bed.image("a-db.vmdk", "another guest's");
         let path = bed.image("a-flat.vmdk", "flat");
-        let extent = |path: &Path| Needed::Extent { path: path.into() };
+        let extent = |path: &Path| RequestedFile::Extent { path: path.into() };
         ask(&bed, "ask", &[extent(&path)]);
         let minor = bed.made(bed.create("a.vmdk")).await;
         let expected = ["given w flat Locked", "open w descriptor"];
@@ -786,7 +786,7 @@ fn who_serves_a_raw_image_gets_no_part_of_it() {
         let path = bed.image("a.img", "raw");
         let other = bed.image("other.img", "other");
         bed.image("c.vhd", "VHD");
-        let extent = Needed::Extent {
+        let extent = RequestedFile::Extent {
             path: other.clone(),
         };
         for (name, need) in [
@@ -799,7 +799,7 @@ fn who_serves_a_raw_image_gets_no_part_of_it() {
             assert!(why.contains("has none"), "{why}");
         }
         // The memory that outlives a process is for all.
-        ask(&bed, "ask", &[Needed::State { size: 512 }]);
+        ask(&bed, "ask", &[RequestedFile::State { size: 512 }]);
         let minor = bed.made(bed.create("a.img")).await;
         bed.destroy(minor).await;
         assert!(path.exists());
@@ -821,7 +821,7 @@ fn a_chain_of_snapshots_is_what_was_served() {
                 timeout_s: 0,
             };
             bed.ask(pause).await.expect("paused");
-            let needs: Vec<Needed> = chain.iter().rev().map(|path| parent(path)).collect();
+            let needs: Vec<RequestedFile> = chain.iter().rev().map(|path| parent(path)).collect();
             ask(&bed, "ask", &needs);
             let unpause = Request::Unpause {
                 which: which(0),

@@ -4,7 +4,7 @@
 use super::bed::{block_on, end, kill, test, until, which, Bed, Succession};
 use super::fake;
 use blktapctrl::recovery;
-use control::supervisor::{Binary, Doing, HandedOff, Reply, Request, Row, What};
+use control::supervisor::{HandedOff, PendingOperation, ProcessBinary, Reply, Request, Row, What};
 use control::tapdisk::State;
 use control::{Code, Failure};
 use rustix::process::{Signal, WaitOptions};
@@ -407,7 +407,7 @@ fn a_list_says_which_program_serves() {
         bed.image("a.img", "A");
         bed.made(bed.create("a.img")).await;
         let us = std::env::current_exe().expect("this program");
-        let expected = Binary {
+        let expected = ProcessBinary {
             path: fs::canonicalize(us).expect("a path"),
             replaced: false,
             version: Some("fake".into()),
@@ -517,7 +517,7 @@ fn a_death_after_that_of_the_supervisor_is_seen_to() {
                 log.then_some(())
             })
             .await;
-            assert_eq!(bed.row(0).await.doing, Some(Doing::Handoff));
+            assert_eq!(bed.row(0).await.doing, Some(PendingOperation::Handoff));
             let disk = bed.registry().get(0).expect("the disk");
             let new = disk.successor.borrow().as_ref().expect("one").pid();
             (old, new)

@@ -5,7 +5,7 @@ use super::bed::{kill, test, until, which, Bed};
 use super::fd_broker::{ask, refused};
 use super::mirror::asked;
 use control::supervisor::{Create, MirrorTo, Request};
-use control::tapdisk::Needed;
+use control::tapdisk::RequestedFile;
 use control::{Code, Failure, Target};
 use rustix::fs::{chown, Uid};
 use std::fs;
@@ -38,8 +38,8 @@ fn sealed(bed: &Bed, name: &str) -> Target {
     target(bed, &format!("key={},qcow2:", key(bed).display()), name)
 }
 
-fn need(target: &Target) -> Needed {
-    Needed::Key {
+fn need(target: &Target) -> RequestedFile {
+    RequestedFile::Key {
         target: target.clone(),
     }
 }

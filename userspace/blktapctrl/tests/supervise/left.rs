@@ -5,7 +5,7 @@ use super::bed::{block_on, kill, test, until, which, Bed, Succession};
 use super::fake::put;
 use blktapctrl::recovery;
 use control::supervisor::{Create, Reply, Request, What};
-use control::tapdisk::{Needed, State};
+use control::tapdisk::{RequestedFile, State};
 use control::Code;
 use std::fs;
 use std::io;
@@ -111,7 +111,7 @@ fn parts_of_a_disk_that_is_left_alone_are_not_free() {
         let bed = two.bed();
         bed.image("a.qcow2", "A");
         let path = bed.image("part.img", "part");
-        let need = Needed::Extent { path: path.clone() };
+        let need = RequestedFile::Extent { path: path.clone() };
         let need = serde_json::to_string(&need).expect("text");
         put(bed.dir.join("ask"), need);
         let files = vec![path];

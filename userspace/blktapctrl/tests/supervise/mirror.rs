@@ -10,7 +10,7 @@ use blktapctrl::record::PartRole;
 use blktapctrl::recovery;
 use control::stats::{Mirror, Mirroring};
 use control::supervisor::{Create, MirrorTo, Reply, Request, Row, What};
-use control::tapdisk::{Needed, Open, State};
+use control::tapdisk::{Open, RequestedFile, State};
 use control::{Code, Failure, Target};
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -275,7 +275,7 @@ fn a_disk_goes_on_at_a_server() {
             let text = format!("nbd:unix:{}:exportname={name}", socket.display());
             text.parse().expect("a target")
         };
-        let need = |name: &str| Needed::Server {
+        let need = |name: &str| RequestedFile::Server {
             target: export(name),
         };
         let to = MirrorTo {

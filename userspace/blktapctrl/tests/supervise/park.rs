@@ -4,7 +4,7 @@
 use super::bed::{block_on, test, unpause, until, which, Bed, Succession};
 use blktapctrl::kernel::{Kernel, Make};
 use blktapctrl::recovery;
-use control::supervisor::{Doing, Reply, Request};
+use control::supervisor::{PendingOperation, Reply, Request};
 use control::tapdisk::State;
 use control::{Code, Failure};
 use std::fs;
@@ -62,7 +62,7 @@ fn disks_go_on_with_the_next_module_as_they_were() {
         assert_unloaded(&bed);
         for minor in [0, 3] {
             let row = bed.row(minor).await;
-            assert_eq!((row.pid, row.doing), (None, Some(Doing::Park)));
+            assert_eq!((row.pid, row.doing), (None, Some(PendingOperation::Park)));
         }
         assert_eq!(parked(&bed).await, [0, 3], "it is done already");
         let refused = bed.ask(unpause(0, None));
@@ -181,7 +181,7 @@ fn the_next_supervisor_knows_what_is_parked() {
         let bed = host.bed();
         recovery::disks(&bed.lifecycle).await;
         let row = bed.row(0).await;
-        assert_eq!((row.pid, row.doing), (None, Some(Doing::Park)));
+        assert_eq!((row.pid, row.doing), (None, Some(PendingOperation::Park)));
         bed.ask(Request::Unpark).await.expect("unparked");
         is_served(&bed, 0).await;
         bed.lifecycle.destroy_all(bed.registry().all()).await;
@@ -304,7 +304,11 @@ fn a_supervisor_that_ends_while_disks_wait_leaves_none_of_them_behind() {
             let bed = host.bed();
             recovery::disks(&bed.lifecycle).await;
             let doing: Vec<_> = bed.rows().await.iter().map(|row| row.doing).collect();
-            assert_eq!(doing, [Some(Doing::Park); 3], "whoever parked them asks");
+            assert_eq!(
+                doing,
+                [Some(PendingOperation::Park); 3],
+                "whoever parked them asks"
+            );
             bed.fencing(1, false);
             if again {
                 assert_eq!(parked(&bed).await, [0, 1, 2]);
@@ -342,7 +346,7 @@ fn a_pause_that_is_not_done_comes_before() {
         let failure = bed.ask(PARK).await.expect_err("a pause is not done");
         assert!(failure.message.contains("pause is not done"), "{failure}");
         is_served(&bed, second).await;
-        assert_eq!(bed.row(first).await.doing, Some(Doing::Pause));
+        assert_eq!(bed.row(first).await.doing, Some(PendingOperation::Pause));
         fs::remove_file(slow).expect("remove");
         bed.lifecycle.patience.set(Duration::from_secs(60));
         assert_eq!(parked(&bed).await, [first, second]);

@@ -3,7 +3,7 @@
 
 use super::bed::{kill, test, unpause, until, which, Bed, Succession};
 use control::supervisor::{Create, Mode, Reply, Request, What};
-use control::tapdisk::{Needed, State};
+use control::tapdisk::{RequestedFile, State};
 use control::{Code, Target};
 use diskio::{LockKind, LockPart};
 use std::fs;
@@ -83,7 +83,7 @@ fn the_kernel_has_a_device_from_before_it_is_opened_until_it_is_closed() {
 fn child(bed: &Bed) -> Create {
     bed.image("a.dev", "A");
     let below = bed.image("below.img", "B");
-    let what = Needed::Parent {
+    let what = RequestedFile::Parent {
         path: below.clone(),
     };
     super::fd_broker::ask(bed, "ask", &[what]);

@@ -7,7 +7,7 @@ use blktapctrl::recovery;
 use control::supervisor::{
     Changes, Check, Create, Group, GroupChanges, Mode, Policy, Reply, Request,
 };
-use control::{Code, Failure, GroupName, InGroup, Share};
+use control::{Code, Failure, GroupName, InGroup, RateShare};
 use std::fs;
 use std::rc::Rc;
 use std::time::Duration;
@@ -70,7 +70,7 @@ async fn put(bed: &Bed, minor: u32, group: InGroup) -> Result<Policy, Failure> {
 }
 
 /// Returns the last share that the process of a disk got; nothing if it is in no group.
-fn told(bed: &Bed, minor: u32) -> Option<Share> {
+fn told(bed: &Bed, minor: u32) -> Option<RateShare> {
     let text = fs::read(bed.dir.join(format!("share-{minor}"))).expect("a share");
     serde_json::from_slice(&text).expect("a share")
 }
@@ -278,7 +278,7 @@ fn groups_outlive_the_supervisor() {
         let group = show(&bed).await;
         assert_eq!((group.members.len(), group.limits.bytes), (2, ALL));
         // No process gets a new share before the one that it has ends.
-        let share: Share = serde_json::from_slice(&before).expect("a share");
+        let share: RateShare = serde_json::from_slice(&before).expect("a share");
         until("another share", || async {
             (told(&bed, 0).expect("a share").until > share.until).then_some(())
         })

@@ -3,7 +3,7 @@
 
 use super::bed::{block_on, kill, test, which, Bed, Succession};
 use blktapctrl::recovery;
-use control::supervisor::{Changes, Check, Create, Hung, Mode, Policy, Reply, Request};
+use control::supervisor::{Changes, Check, Create, HungAction, Mode, Policy, Reply, Request};
 use control::tapdisk::{OnError, Open};
 use control::{Code, Failure, Target};
 use std::fs;
@@ -61,7 +61,7 @@ fn what_a_configuration_says_of_errors_is_the_disks() {
             on_no_space: OnError::Report,
             fail_after_s: 60,
             hung_after_s: 5,
-            hung: Hung::Kill,
+            hung: HungAction::Kill,
             ..Policy::default()
         };
         let disk = bed.registry().get(minor).expect("a disk");

@@ -6,7 +6,7 @@ use super::bed::{self, block_on, kill, test, until, which, Bed};
 use super::fake::{put, FakeKernel};
 use super::lease::holder_of;
 use blktapctrl::recovery;
-use control::supervisor::{Doing, Reply, Request, Row, What};
+use control::supervisor::{PendingOperation, Reply, Request, Row, What};
 use control::tapdisk::State;
 use control::{Code, LeaseKind, Target};
 use std::fs;
@@ -243,7 +243,10 @@ fn a_pause_that_timed_out_is_not_done() {
             let failure = bed.ask(pause(1)).await.expect_err("it does not answer");
             assert_eq!(failure.code, Code::Timeout);
             let row = bed.row(0).await;
-            assert_eq!(row.doing, Some(control::supervisor::Doing::Pause));
+            assert_eq!(
+                row.doing,
+                Some(control::supervisor::PendingOperation::Pause)
+            );
         }
         assert!(!bed.events().contains(&What::Paused));
         fs::remove_file(bed.dir.join("slow")).expect("remove");
@@ -324,10 +327,10 @@ fn the_end_of_a_disk_is_not_written_over() {
         let disk = bed.registry().all().remove(0);
         bed.lifecycle.destroy_later(&disk);
         let begun = bed.registry().change(&disk, |record| {
-            record.doing = Some(Doing::Unpause);
+            record.doing = Some(PendingOperation::Unpause);
         });
         begun.expect("written");
-        assert_eq!(disk.doing(), Some(Doing::Destroy));
+        assert_eq!(disk.doing(), Some(PendingOperation::Destroy));
         bed.destroy(0).await;
         bed.assert_nothing_left().await;
     });
@@ -372,7 +375,7 @@ fn an_image_that_was_served_for_a_moment_may_not_shrink_later() {
         let death = async {
             until("the beginning", || async {
                 let doing = bed.row(0).await.doing;
-                (doing == Some(Doing::Unpause)).then_some(())
+                (doing == Some(PendingOperation::Unpause)).then_some(())
             })
             .await;
             let mut nodes = bed.kernel.nodes.borrow_mut();
@@ -407,7 +410,7 @@ fn an_image_that_was_served_for_a_moment_is_the_disks() {
         let death = async {
             until("the beginning", || async {
                 let doing = bed.row(0).await.doing;
-                (doing == Some(control::supervisor::Doing::Unpause)).then_some(())
+                (doing == Some(control::supervisor::PendingOperation::Unpause)).then_some(())
             })
             .await;
             // It answered a request of the guest from the new image, and died.

@@ -5,7 +5,7 @@ use super::bed::{test, Bed};
 use super::fd_broker::{ask, refused};
 use super::keys::{allow, assert_has_to_be_a_secret};
 use control::supervisor::Create;
-use control::tapdisk::{Needed, Open};
+use control::tapdisk::{Open, RequestedFile};
 use control::{Target, TlsFile};
 use rustix::fs::{chown, Uid};
 use std::fs;
@@ -50,8 +50,8 @@ fn target(words: &str) -> Target {
     text.parse().expect("a target")
 }
 
-fn need(target: &Target, file: TlsFile) -> Needed {
-    Needed::Credential {
+fn need(target: &Target, file: TlsFile) -> RequestedFile {
+    RequestedFile::Credential {
         target: target.clone(),
         file,
     }

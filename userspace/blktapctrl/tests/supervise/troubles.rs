@@ -5,13 +5,13 @@ use super::bed::{block_on, test, until, which, Bed, Succession};
 use super::fake::put;
 use blktapctrl::recovery;
 use control::supervisor::{Reply, Request, What};
-use control::tapdisk::{Call, OnError, State, Trouble, Troubles};
+use control::tapdisk::{Call, IoErrorReport, OnError, State, Trouble};
 use std::fs;
 use std::path::Path;
 
 /// Sets the process' answer from now on.
 fn say(dir: &Path, count: u64, is_stopped: bool) {
-    let told = Troubles {
+    let told = IoErrorReport {
         count,
         last: Some(Trouble {
             what: Call::Write,

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Events of disks, for listeners.
 
-use super::{HandedOff, Moved, Poison, Snapshot};
+use super::{HandedOff, MovedDisk, Poison, Snapshot};
 use crate::stats::{Mirroring, Streaming};
 use crate::tapdisk::Trouble;
 use crate::Target;
@@ -115,7 +115,7 @@ pub enum What {
         outcome: Streaming,
     },
     /// A disk was copied to another image, and is served from that.
-    Moved(Moved),
+    Moved(MovedDisk),
     /// A copy of a disk to another image ended before the disk switched to that image.
     Mirrored {
         /// The image, which is of no use.

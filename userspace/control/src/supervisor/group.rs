@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Groups of disks that share limits, as the supervisor tells of them.
 
-use crate::{GroupName, Limits, Pace};
+use crate::{GroupName, GroupRate, Limits};
 use serde::{Deserialize, Serialize};
 
 /// Changes of the limits of a group. The rest stays.
@@ -49,7 +49,7 @@ pub struct Member {
     /// Its number.
     pub minor: u32,
     /// Its present pace; nothing if it has no process that could do I/O.
-    pub pace: Option<Pace>,
+    pub pace: Option<GroupRate>,
     /// Bytes in a second that it has done of late.
     pub bytes: u64,
     /// Thousandths of requests in a second that it has done of late.

@@ -3,7 +3,7 @@
 //! their names. xl has no other place for them, and they override the host's defaults.
 
 use super::Target;
-use crate::supervisor::{Hung, Policy};
+use crate::supervisor::{HungAction, Policy};
 use crate::tapdisk::OnError;
 use crate::Failure;
 use std::fmt;
@@ -15,7 +15,7 @@ pub struct SaidRules {
     on_error: Option<OnError>,
     fail_after_s: Option<u32>,
     hung_after_s: Option<u32>,
-    hung: Option<Hung>,
+    hung: Option<HungAction>,
 }
 
 impl SaidRules {
@@ -71,8 +71,8 @@ impl fmt::Display for SaidRules {
             write!(f, "hung-after={seconds},")?;
         }
         match self.hung {
-            Some(Hung::Report) => f.write_str("hung=report,"),
-            Some(Hung::Kill) => f.write_str("hung=kill,"),
+            Some(HungAction::Report) => f.write_str("hung=report,"),
+            Some(HungAction::Kill) => f.write_str("hung=kill,"),
             None => Ok(()),
         }
     }
@@ -104,10 +104,10 @@ fn on_error(name: &str, text: &str) -> Result<OnError, Failure> {
     }
 }
 
-fn hung(text: &str) -> Result<Hung, Failure> {
+fn hung(text: &str) -> Result<HungAction, Failure> {
     match text {
-        "report" => Ok(Hung::Report),
-        "kill" => Ok(Hung::Kill),
+        "report" => Ok(HungAction::Report),
+        "kill" => Ok(HungAction::Kill),
         _ => Err(Failure::invalid(format!(
             "hung={text}: write hung=kill, and a process that hangs is replaced, or hung=report, and an event tells"
         ))),
@@ -124,7 +124,7 @@ fn seconds(name: &str, text: &str) -> Result<u32, Failure> {
 
 #[cfg(test)]
 mod tests {
-    use crate::supervisor::{Hung, Policy};
+    use crate::supervisor::{HungAction, Policy};
     use crate::tapdisk::OnError;
     use crate::Target;
 
@@ -144,7 +144,7 @@ mod tests {
             on_error: OnError::Stop,
             fail_after_s: 60,
             hung_after_s: 5,
-            hung: Hung::Kill,
+            hung: HungAction::Kill,
             ..Policy::default()
         };
         assert_eq!(policy, expected);
@@ -152,7 +152,7 @@ mod tests {
         // Rules that the target does not set stay.
         let some: Target = "hung=report,aio:/srv/a".parse().unwrap();
         let only = Policy {
-            hung: Hung::Report,
+            hung: HungAction::Report,
             ..expected.clone()
         };
         assert_eq!(some.rules().over(expected), only);

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! One connection: requests go out as they come, and each answer goes to the caller that waits for it.
 
-use super::handshake::About;
+use super::handshake::ExportFacts;
 use super::outgoing::{Message, Outgoing};
 use super::proto::{self, chunk, command, CommandFlags};
-use super::stream::{Cover, Incoming};
+use super::stream::{Incoming, ReadCover};
 use super::wire::Wire;
 use diskio::{Bytes, Data, Errno};
 use std::cell::{Cell, RefCell};
@@ -71,7 +71,7 @@ pub(super) type ServerExtent = (u32, bool);
 
 /// Reason why there is no good answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Unanswered {
+pub(super) enum AnswerError {
     /// The server says that it failed.
     Failed(Errno),
     /// The connection is gone, and the fate of the request is unknown.
@@ -87,10 +87,10 @@ struct Waiting {
     data: Option<Data>,
     len: u32,
     changes: bool,
-    cover: Cover,
+    cover: ReadCover,
     told: Vec<ServerExtent>,
     error: Option<Errno>,
-    answer: Option<Result<Vec<ServerExtent>, Unanswered>>,
+    answer: Option<Result<Vec<ServerExtent>, AnswerError>>,
     waker: Option<Waker>,
     /// True if the caller has stopped waiting.
     is_withdrawn: bool,
@@ -98,7 +98,7 @@ struct Waiting {
 
 /// End of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Loss {
+pub(super) struct ConnectionLoss {
     /// True if the server has closed it or is gone, so that it takes no more requests from it.
     pub(super) by_server: bool,
     /// True if a change was under way, and it is unknown whether and when the server executes it.
@@ -109,16 +109,16 @@ pub(super) struct Loss {
 #[derive(Debug)]
 pub(super) struct NbdConnection {
     wire: Rc<Wire>,
-    about: About,
+    about: ExportFacts,
     outgoing: Outgoing,
     last: Cell<u64>,
     waiting: RefCell<HashMap<u64, Waiting>>,
-    loss: Cell<Option<Loss>>,
+    loss: Cell<Option<ConnectionLoss>>,
 }
 
 impl NbdConnection {
     /// After the handshake; [`send`](Self::send) and [`receive`](Self::receive) must run.
-    pub(super) fn new(wire: Rc<Wire>, about: About) -> Rc<Self> {
+    pub(super) fn new(wire: Rc<Wire>, about: ExportFacts) -> Rc<Self> {
         Rc::new(Self {
             wire,
             about,
@@ -129,12 +129,12 @@ impl NbdConnection {
         })
     }
 
-    pub(super) fn about(&self) -> &About {
+    pub(super) fn about(&self) -> &ExportFacts {
         &self.about
     }
 
     /// Returns how it ended, if it has.
-    pub(super) fn loss(&self) -> Option<Loss> {
+    pub(super) fn loss(&self) -> Option<ConnectionLoss> {
         self.loss.get()
     }
 
@@ -143,9 +143,9 @@ impl NbdConnection {
         &self,
         request: &NbdRequest,
         data: Option<Data>,
-    ) -> Result<Vec<ServerExtent>, Unanswered> {
+    ) -> Result<Vec<ServerExtent>, AnswerError> {
         if self.loss.get().is_some() {
-            return Err(Unanswered::Lost);
+            return Err(AnswerError::Lost);
         }
         let cookie = self.last.get().wrapping_add(1);
         self.last.set(cookie);
@@ -155,7 +155,7 @@ impl NbdConnection {
             data,
             len: request.len,
             changes: request.changes(),
-            cover: Cover::default(),
+            cover: ReadCover::default(),
             told: Vec::new(),
             error: None,
             answer: None,
@@ -182,10 +182,10 @@ impl NbdConnection {
         }
     }
 
-    fn poll(&self, cookie: u64, waker: &Waker) -> Poll<Result<Vec<ServerExtent>, Unanswered>> {
+    fn poll(&self, cookie: u64, waker: &Waker) -> Poll<Result<Vec<ServerExtent>, AnswerError>> {
         let mut all = self.waiting.borrow_mut();
         let Some(waiting) = all.get_mut(&cookie) else {
-            return Poll::Ready(Err(Unanswered::Lost));
+            return Poll::Ready(Err(AnswerError::Lost));
         };
         match waiting.answer.take() {
             Some(answer) => {
@@ -333,7 +333,7 @@ impl NbdConnection {
             let is_whole =
                 waiting.command != command::READ || waiting.cover.is_whole(waiting.len as usize);
             waiting.answer = Some(match waiting.error {
-                Some(error) => Err(Unanswered::Failed(error)),
+                Some(error) => Err(AnswerError::Failed(error)),
                 // Missing data would show the old content of the memory.
                 None if !is_whole => return Err(Errno::PROTO),
                 None => Ok(std::mem::take(&mut waiting.told)),
@@ -367,12 +367,12 @@ impl NbdConnection {
         self.outgoing.close();
         let mut all = self.waiting.borrow_mut();
         let mut open = all.values().filter(|waiting| waiting.answer.is_none());
-        self.loss.set(Some(Loss {
+        self.loss.set(Some(ConnectionLoss {
             by_server: matches!(error, Errno::CONNRESET | Errno::PIPE),
             unsure: open.any(|waiting| waiting.changes),
         }));
         for waiting in all.values_mut().filter(|waiting| waiting.answer.is_none()) {
-            waiting.answer = Some(Err(Unanswered::Lost));
+            waiting.answer = Some(Err(AnswerError::Lost));
             if let Some(waker) = waiting.waker.take() {
                 waker.wake();
             }

@@ -21,7 +21,7 @@ const SHOWN: usize = 200;
 
 /// An export, as its server describes it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct About {
+pub(super) struct ExportFacts {
     /// Bytes.
     pub(super) size: u64,
     pub(super) flags: Transmission,
@@ -59,21 +59,21 @@ struct OptionAnswer {
 }
 
 /// State of a handshake.
-pub(super) struct Talk<'a> {
+pub(super) struct HandshakeTalk<'a> {
     pub(super) wire: &'a Wire,
     pub(super) incoming: &'a mut Incoming,
     /// Name of the export in messages.
     pub(super) name: &'a str,
 }
 
-impl Talk<'_> {
+impl HandshakeTalk<'_> {
     /// Negotiates an export; all later messages are answers to requests. With `tls` the connection is encrypted before
     /// the server learns anything about the export.
     pub(super) async fn agree(
         &mut self,
         export: &str,
         tls: Option<ClientConnection>,
-    ) -> Result<About, RefusedExport> {
+    ) -> Result<ExportFacts, RefusedExport> {
         let is_brief = self.greet().await?;
         if let Some(tls) = tls {
             self.encrypt(tls).await?;
@@ -88,7 +88,7 @@ impl Talk<'_> {
             Some(about) => about,
             None => self.by_name(export, is_brief).await?,
         };
-        Ok(About {
+        Ok(ExportFacts {
             context,
             has_chunks,
             ..about
@@ -174,7 +174,7 @@ impl Talk<'_> {
     }
 
     /// Returns the export; `None` if the server does not know this form of the question.
-    async fn go(&mut self, export: &str) -> Result<Option<About>, RefusedExport> {
+    async fn go(&mut self, export: &str) -> Result<Option<ExportFacts>, RefusedExport> {
         let mut data = text(export);
         data.extend(1_u16.to_be_bytes());
         data.extend(info::BLOCK_SIZE.to_be_bytes());
@@ -191,7 +191,7 @@ impl Talk<'_> {
                 option_reply::ACK => {
                     let (size, flags) = brief.ok_or(Errno::PROTO)?;
                     let [smallest, best, largest] = sizes.unwrap_or([1, 4096, TRANSFER]);
-                    return Ok(Some(About {
+                    return Ok(Some(ExportFacts {
                         size,
                         flags,
                         smallest,
@@ -210,14 +210,18 @@ impl Talk<'_> {
 
     /// Asks for the export in the way of servers that do not know GO, such as that of XAPI. A server that has no export
     /// of that name ends the connection.
-    async fn by_name(&mut self, export: &str, is_brief: bool) -> Result<About, RefusedExport> {
+    async fn by_name(
+        &mut self,
+        export: &str,
+        is_brief: bool,
+    ) -> Result<ExportFacts, RefusedExport> {
         self.ask(option::EXPORT_NAME, export.as_bytes()).await?;
         let size = u64::from_be_bytes(self.incoming.array().await?);
         let flags = u16::from_be_bytes(self.incoming.array().await?);
         if !is_brief {
             self.incoming.array::<ZEROES>().await?;
         }
-        Ok(About {
+        Ok(ExportFacts {
             size,
             flags: Transmission::from_bits_truncate(flags),
             smallest: 1,

@@ -16,12 +16,12 @@ mod tls;
 mod wire;
 
 use crate::{Attributes, Content, DiskInfo, Driver, DriverLimits, Extent, Fence};
-use connection::{Loss, NbdConnection, NbdRequest, ServerExtent, Unanswered};
+use connection::{AnswerError, ConnectionLoss, NbdConnection, NbdRequest, ServerExtent};
 use control::{Code, Failure};
 use diskio::{of_earlier, Barrier, Bytes, Data, Errno, Gate, Runtime};
-use handshake::{About, RefusedExport, Talk};
+use handshake::{ExportFacts, HandshakeTalk, RefusedExport};
 use log::RequestLog;
-pub use options::{Options, Settle, PAUSES, UNFLUSHED};
+pub use options::{Options, RetryTimes, PAUSES, UNFLUSHED};
 use proto::{command, CommandFlags, Transmission};
 use std::cell::{Cell, OnceCell, RefCell};
 use std::collections::BTreeMap;
@@ -66,7 +66,7 @@ pub struct Nbd<C> {
     /// Serialises replacements of the connection.
     renewing: Gate,
     /// Export as the guest knows it.
-    about: OnceCell<About>,
+    about: OnceCell<ExportFacts>,
     log: RefCell<RequestLog>,
     /// All flushes of the server.
     flushes: Barrier,
@@ -87,13 +87,13 @@ impl<C> Drop for Nbd<C> {
 
 /// A connection whose server does not have the changes of the last one yet. If the replay fails or is cancelled, the
 /// server may execute parts of it late: its loss counts from then on.
-struct Fresh<'a, C> {
+struct FreshConnection<'a, C> {
     nbd: &'a Nbd<C>,
     connection: Rc<NbdConnection>,
     is_taken: bool,
 }
 
-impl<'a, C> Fresh<'a, C> {
+impl<'a, C> FreshConnection<'a, C> {
     fn new(nbd: &'a Nbd<C>, connection: Rc<NbdConnection>) -> Self {
         Self {
             nbd,
@@ -108,7 +108,7 @@ impl<'a, C> Fresh<'a, C> {
     }
 }
 
-impl<C> Drop for Fresh<'_, C> {
+impl<C> Drop for FreshConnection<'_, C> {
     fn drop(&mut self) {
         if !self.is_taken {
             self.connection.end(Errno::CANCELED);
@@ -155,7 +155,7 @@ impl<C: Connect> Nbd<C> {
         let wire = Wire::new(io, self.connector.connect().await?);
         let mut incoming = Incoming::new(&wire);
         let agreed = async {
-            let mut talk = Talk {
+            let mut talk = HandshakeTalk {
                 wire: &wire,
                 incoming: &mut incoming,
                 name: &self.options.name,
@@ -202,7 +202,7 @@ impl<C: Connect> Nbd<C> {
     }
 
     /// Checks that the export suits the disk, and that it still has the properties that the guest knows.
-    fn check(&self, about: &About) -> Result<(), Failure> {
+    fn check(&self, about: &ExportFacts) -> Result<(), Failure> {
         let image = |why: String| Err(Failure::new(Code::Image, why));
         let name = &self.options.name;
         if self.options.writable && about.flags.contains(Transmission::READ_ONLY) {
@@ -261,7 +261,7 @@ impl<C: Connect> Nbd<C> {
     }
 
     /// Replaces a lost connection, and replays the last one's changes on it.
-    async fn renew(&self, loss: Loss) -> Result<Rc<NbdConnection>, Errno> {
+    async fn renew(&self, loss: ConnectionLoss) -> Result<Rc<NbdConnection>, Errno> {
         let mut loss = loss;
         let mut told = None;
         loop {
@@ -269,15 +269,15 @@ impl<C: Connect> Nbd<C> {
             self.rest().await?;
             match self.connect().await {
                 Ok(connection) => {
-                    let fresh = Fresh::new(self, connection);
+                    let fresh = FreshConnection::new(self, connection);
                     let connection = &fresh.connection;
                     match self.replay(connection).await {
                         Ok(()) => {
                             diskio::say!("{} is connected again", self.options.name);
                             return Ok(fresh.taken());
                         }
-                        Err(Unanswered::Lost) => loss = connection.loss().unwrap_or(loss),
-                        Err(Unanswered::Failed(error)) => {
+                        Err(AnswerError::Lost) => loss = connection.loss().unwrap_or(loss),
+                        Err(AnswerError::Failed(error)) => {
                             connection.disconnect().await;
                             self.tell(&mut told, format!("does not take what it had: {error}"));
                             loss.unsure = false;
@@ -315,20 +315,20 @@ impl<C: Connect> Nbd<C> {
     }
 
     /// Waits until the server can no longer execute requests of a lost connection.
-    async fn settle(&self, loss: Loss) -> Result<(), Errno> {
+    async fn settle(&self, loss: ConnectionLoss) -> Result<(), Errno> {
         let settle = self.options.settle;
         match loss {
-            Loss { unsure: false, .. } => Ok(()),
-            Loss {
+            ConnectionLoss { unsure: false, .. } => Ok(()),
+            ConnectionLoss {
                 by_server: true, ..
             } => self.runtime.io.sleep(settle.closed).await,
-            Loss { .. } => self.runtime.io.sleep(settle.given_up).await,
+            ConnectionLoss { .. } => self.runtime.io.sleep(settle.given_up).await,
         }
     }
 
     /// Repeats the requests of the log on a new connection. The requests run one after the other, because they may
     /// overlap.
-    async fn replay(&self, connection: &Rc<NbdConnection>) -> Result<(), Unanswered> {
+    async fn replay(&self, connection: &Rc<NbdConnection>) -> Result<(), AnswerError> {
         let (all, mark) = {
             let log = self.log.borrow();
             (log.all(), log.mark())
@@ -339,7 +339,7 @@ impl<C: Connect> Nbd<C> {
         for request in &all {
             match connection.call(request, None).await {
                 // A hint, which may be ignored.
-                Err(Unanswered::Failed(_)) if request.command == command::TRIM => {}
+                Err(AnswerError::Failed(_)) if request.command == command::TRIM => {}
                 result => drop(result?),
             }
             self.replayed.set(self.replayed.get() + 1);
@@ -363,10 +363,10 @@ impl<C: Connect> Nbd<C> {
                     self.pause.set(Duration::ZERO);
                     return Ok(told);
                 }
-                Err(Unanswered::Lost) => {}
+                Err(AnswerError::Lost) => {}
                 // The server is shutting down, so another connection takes the place of this one.
-                Err(Unanswered::Failed(Errno::SHUTDOWN)) => connection.end(Errno::SHUTDOWN),
-                Err(Unanswered::Failed(error)) => {
+                Err(AnswerError::Failed(Errno::SHUTDOWN)) => connection.end(Errno::SHUTDOWN),
+                Err(AnswerError::Failed(error)) => {
                     self.pause.set(Duration::ZERO);
                     return Err(error);
                 }
@@ -412,9 +412,9 @@ impl<C: Connect> Nbd<C> {
         let flush = NbdRequest::plain(command::FLUSH, 0, 0);
         match connection.call(&flush, None).await {
             Ok(_) => {}
-            Err(Unanswered::Failed(error)) => self.flushes.lose(error),
+            Err(AnswerError::Failed(error)) => self.flushes.lose(error),
             // The server that comes next may not have them any more.
-            Err(Unanswered::Lost) => self.flushes.lose(Errno::IO),
+            Err(AnswerError::Lost) => self.flushes.lose(Errno::IO),
         }
     }
 
@@ -433,22 +433,22 @@ impl<C: Connect> Nbd<C> {
 }
 
 /// Bytes of a logical block.
-fn block(about: &About) -> u32 {
+fn block(about: &ExportFacts) -> u32 {
     about.smallest.max(512)
 }
 
 /// Returns true if an export still has the properties that the guest knows.
-fn is_same(known: &About, now: &About) -> bool {
+fn is_same(known: &ExportFacts, now: &ExportFacts) -> bool {
     let needed = known.flags - Transmission::CAN_MULTI_CONN - Transmission::READ_ONLY;
     let is_transferred = now.smallest <= block(known) && now.largest >= limit(known);
     // The guest knows whether it has to flush.
-    let has_cache = |about: &About| about.flags.contains(Transmission::SEND_FLUSH);
+    let has_cache = |about: &ExportFacts| about.flags.contains(Transmission::SEND_FLUSH);
     let is_cached = has_cache(known) == has_cache(now);
     known.size == now.size && now.flags.contains(needed) && is_transferred && is_cached
 }
 
 /// Bytes of a request at most.
-fn limit(about: &About) -> u32 {
+fn limit(about: &ExportFacts) -> u32 {
     about.largest.min(TRANSFER) / MAX_BLOCK * MAX_BLOCK
 }
 

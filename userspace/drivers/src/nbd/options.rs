@@ -26,7 +26,7 @@ pub struct Options {
     /// proof; without a name here, the connection is not encrypted.
     pub tls: Option<String>,
     /// Times to wait before a lost connection is replaced: for tests.
-    pub settle: Settle,
+    pub settle: RetryTimes,
     /// Bytes of answered changes after which the driver flushes, even if the guest does not: for tests, less than
     /// [`UNFLUSHED`].
     pub unflushed: usize,
@@ -34,7 +34,7 @@ pub struct Options {
 
 /// Times until a lost connection is replaced.
 #[derive(Clone, Copy, Debug)]
-pub struct Settle {
+pub struct RetryTimes {
     /// After the server has closed it, if the fate of a change is unknown.
     pub closed: Duration,
     /// After this client has given it up, if the fate of a change is unknown.
@@ -43,7 +43,7 @@ pub struct Settle {
     pub pauses: [Duration; 2],
 }
 
-impl Settle {
+impl RetryTimes {
     /// Returns the times for a server behind a network: another machine in between may have closed the connection.
     pub fn network() -> Self {
         Self {
@@ -54,7 +54,7 @@ impl Settle {
     }
 }
 
-impl Default for Settle {
+impl Default for RetryTimes {
     fn default() -> Self {
         Self {
             closed: CLOSED,

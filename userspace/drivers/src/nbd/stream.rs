@@ -96,7 +96,7 @@ impl Incoming {
 
 /// Ranges of a read that have arrived.
 #[derive(Debug, Default)]
-pub(super) struct Cover {
+pub(super) struct ReadCover {
     /// Ranges that do not touch, in order.
     parts: Vec<(usize, usize)>,
 }
@@ -104,7 +104,7 @@ pub(super) struct Cover {
 /// Maximum number of separate ranges of an answer.
 const MOST_PARTS: usize = 1024;
 
-impl Cover {
+impl ReadCover {
     /// Adds a range; `None` if it is invalid because it has arrived before, or if there are too many ranges.
     pub(super) fn add(&mut self, from: usize, len: usize) -> Option<()> {
         let to = from.checked_add(len).filter(|_| len > 0)?;
@@ -131,14 +131,14 @@ impl Cover {
 
 #[cfg(test)]
 mod tests {
-    use super::Cover;
+    use super::ReadCover;
     use proptest::prelude::*;
 
     proptest! {
         /// As a map of all bytes has it.
         #[test]
         fn what_has_come_is_what_was_added(ranges in prop::collection::vec((0..40_usize, 0..12_usize), 0..12)) {
-            let mut cover = Cover::default();
+            let mut cover = ReadCover::default();
             let mut bytes = [false; 64];
             for (from, len) in ranges {
                 let range = &mut bytes[from..from + len];

@@ -9,7 +9,7 @@ mod tls;
 use control::Failure;
 use diskio::{Data, Errno, Runtime};
 use drivers::nbd::proto::{self, chunk, command, option_reply, Transmission};
-use drivers::nbd::{Connect, Credentials, Nbd, Options, Settle, PAUSES, UNFLUSHED};
+use drivers::nbd::{Connect, Credentials, Nbd, Options, RetryTimes, PAUSES, UNFLUSHED};
 use drivers::{Attributes, Content, Disk, DiskInfo};
 use proptest::test_runner::{RngAlgorithm, TestRng};
 use secure::How;
@@ -30,14 +30,14 @@ const PLAIN: Attributes = Attributes {
 };
 const DURABLE: Attributes = Attributes { fua: true, ..PLAIN };
 /// Longer than anything is late.
-const SETTLE: Settle = Settle {
+const SETTLE: RetryTimes = RetryTimes {
     closed: Duration::from_millis(LATE.as_millis() as u64 * 3),
     given_up: Duration::from_millis(LATE.as_millis() as u64 * 4),
     pauses: PAUSES,
 };
 
 /// Times to settle on a machine that is busy with something else.
-const PATIENT: Settle = Settle {
+const PATIENT: RetryTimes = RetryTimes {
     closed: Duration::from_millis(LATE.as_millis() as u64 * 12),
     given_up: Duration::from_millis(LATE.as_millis() as u64 * 12),
     pauses: PAUSES,
@@ -69,12 +69,17 @@ struct ExportHarness {
 }
 
 impl ExportHarness {
-    fn new(path: &Path, settle: Settle, writable: bool) -> Self {
+    fn new(path: &Path, settle: RetryTimes, writable: bool) -> Self {
         Self::with(path, settle, writable, None)
     }
 
     /// Opens an export; encrypted if `tls` has credentials and the name that the server must prove.
-    fn with(path: &Path, settle: Settle, writable: bool, tls: Option<(Credentials, &str)>) -> Self {
+    fn with(
+        path: &Path,
+        settle: RetryTimes,
+        writable: bool,
+        tls: Option<(Credentials, &str)>,
+    ) -> Self {
         let runtime = Runtime::new();
         let (credentials, host) = tls.map(|(c, host)| (c, host.to_owned())).unzip();
         let options = Options {
@@ -159,7 +164,7 @@ impl ExportHarness {
     }
 }
 
-fn served(kind: ServerKind, settle: Settle) -> (tempfile::TempDir, NbdServer, ExportHarness) {
+fn served(kind: ServerKind, settle: RetryTimes) -> (tempfile::TempDir, NbdServer, ExportHarness) {
     let folder = tempfile::tempdir().unwrap();
     let tls = kind.tls.is_some().then(secure::believed);
     let server = NbdServer::new(folder.path(), kind);
@@ -257,7 +262,7 @@ fn wait_for_late(server: &NbdServer) {
 }
 
 /// A write that its server has when the connection ends is executed late; if `held_back`, after the next write to its place.
-fn late_write(settle: Settle, held_back: bool) -> Vec<u8> {
+fn late_write(settle: RetryTimes, held_back: bool) -> Vec<u8> {
     let (_folder, server, bed) = served(ServerKind::new(SIZE), settle);
     let gate = server.state().held_back.clone();
     let holds = held_back.then(|| gate.lock().unwrap());
@@ -277,7 +282,7 @@ fn late_write_of_a_lost_connection_does_no_harm() {
 /// Without the wait the harm must be seen.
 #[test]
 fn late_write_is_found_where_nobody_waits() {
-    let none = Settle {
+    let none = RetryTimes {
         closed: Duration::ZERO,
         given_up: Duration::ZERO,
         pauses: PAUSES,

@@ -9,7 +9,7 @@ use crate::base::{self, Base};
 use crate::clusters::{ClusterMap, Clusters, Found, Packed};
 use crate::eof_alloc::Tail;
 use crate::field::{be64, counters, failed, no_extents, put, refused};
-use crate::locks::Locks;
+use crate::locks::RangeLocks;
 use crate::storage;
 use crate::tables::{CachedTable, Pinned, TableCache};
 use crate::{ImageNeeds, ImageParts, Options, Parent, Storage};
@@ -49,7 +49,7 @@ struct Entries {
     first: Pinned,
     tables: TableCache,
     /// A lock for each table that does not exist.
-    locks: Locks,
+    locks: RangeLocks,
 }
 
 async fn read_header(storage: &impl Storage) -> Result<(QcowHeader, u64), Failure> {
@@ -242,7 +242,7 @@ impl<S: Storage> Qcow<S> {
             begin: header.first + header.first_len(),
             first: self.first(&header).await?,
             tables: TableCache::new(self.options.cache),
-            locks: Locks::default(),
+            locks: RangeLocks::default(),
         };
         let parent = self.parent.clone();
         let barrier = Barrier::new(vec![(*self.storage).clone()]);

@@ -40,7 +40,7 @@ const REFCOUNTS_AGAIN: u8 = 16;
 
 /// Entries that are wrong in themselves.
 #[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Odd {
+pub(super) struct OddEntries {
     /// L1 and L2 entries that cannot be, and structures behind the end of the file.
     pub(super) damaged: u64,
     /// L1 and L2 entries with bits that have no meaning.
@@ -57,7 +57,7 @@ pub(super) struct Window {
     kinds: Vec<u8>,
     /// Clusters of the file.
     end: u64,
-    pub(super) odd: Odd,
+    pub(super) odd: OddEntries,
 }
 
 impl Window {
@@ -69,7 +69,7 @@ impl Window {
             kinds: vec![0; count],
             clusters,
             end,
-            odd: Odd::default(),
+            odd: OddEntries::default(),
         }
     }
 
@@ -273,7 +273,11 @@ impl<'c, S: Storage> Census<'c, S> {
     }
 
     /// The L2 tables to which all L1 tables lead, from an offset on.
-    async fn collect(&self, from: u64, mut odd: Option<&mut Odd>) -> Result<L2Tables, Errno> {
+    async fn collect(
+        &self,
+        from: u64,
+        mut odd: Option<&mut OddEntries>,
+    ) -> Result<L2Tables, Errno> {
         let cluster = self.image.geometry.cluster();
         let mut tables = L2Tables {
             known: BTreeMap::new(),
@@ -486,7 +490,7 @@ impl<S: Storage> Qcow2Image<S> {
     async fn each_l2(
         &self,
         table: u64,
-        mut look: impl FnMut(u64, u64, Result<L2Entry, super::entry::Broken>),
+        mut look: impl FnMut(u64, u64, Result<L2Entry, super::entry::EntryError>),
     ) -> Result<(), Errno> {
         // CAST: at most 2 MiB, and 16.
         let (cluster, step) = (

@@ -124,12 +124,12 @@ fn narrow(frame: &mut [u8], cluster: u64) -> Option<()> {
 
 /// Clusters that were unpacked lately: a guest reads them in pieces.
 #[derive(Debug)]
-pub(crate) struct Unpacked {
+pub(crate) struct UnpackedClusters {
     most: usize,
     kept: RefCell<VecDeque<(u64, Rc<Vec<u8>>)>>,
 }
 
-impl Unpacked {
+impl UnpackedClusters {
     /// Keeps at most `budget` bytes, but always one cluster.
     pub(crate) fn new(cluster: u64, budget: usize) -> Self {
         Self {

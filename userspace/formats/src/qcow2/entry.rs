@@ -53,7 +53,7 @@ pub(crate) struct L2Entry {
 }
 
 /// Reason why an entry is impossible.
-pub(crate) type Broken = &'static str;
+pub(crate) type EntryError = &'static str;
 
 impl L2Entry {
     /// Entry of a cluster that no guest has written.
@@ -64,7 +64,7 @@ impl L2Entry {
     };
 
     /// An entry as it is in the table.
-    pub(crate) fn decode(word: u64, bitmap: u64, geometry: &Geometry) -> Result<Self, Broken> {
+    pub(crate) fn decode(word: u64, bitmap: u64, geometry: &Geometry) -> Result<Self, EntryError> {
         if word & COMPRESSED != 0 {
             return Self::compressed(word, bitmap, geometry);
         }
@@ -93,7 +93,7 @@ impl L2Entry {
         Ok(Self { place, alloc, zero })
     }
 
-    fn compressed(word: u64, bitmap: u64, geometry: &Geometry) -> Result<Self, Broken> {
+    fn compressed(word: u64, bitmap: u64, geometry: &Geometry) -> Result<Self, EntryError> {
         if bitmap != 0 {
             return Err("a compressed cluster has subclusters");
         }

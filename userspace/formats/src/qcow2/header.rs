@@ -73,7 +73,7 @@ pub struct BackingImage {
 
 /// Place of the LUKS header, with its keys.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Crypt {
+pub(crate) struct LuksPlace {
     pub(crate) at: u64,
     pub(crate) len: u64,
 }
@@ -106,7 +106,7 @@ pub struct Qcow2Header {
     /// The directory of bitmaps: offset and bytes.
     pub(crate) bitmaps: Option<(u64, u64)>,
     /// Place of the key with which the clusters of the disk are encrypted, if they are.
-    pub(crate) crypt: Option<Crypt>,
+    pub(crate) crypt: Option<LuksPlace>,
 }
 
 /// Returns the bytes of the cluster with a header, which must be read to parse it.
@@ -292,7 +292,7 @@ impl Qcow2Header {
                     let place = be64_at(data, 0).zip(be64_at(data, 8));
                     let (at, len) = place
                         .ok_or_else(|| refused("the extension of the encryption is too short"))?;
-                    self.crypt = Some(Crypt { at, len });
+                    self.crypt = Some(LuksPlace { at, len });
                 }
                 _ => {}
             }
@@ -306,7 +306,7 @@ impl Qcow2Header {
             self.crypt = None;
             return Ok(());
         }
-        let Some(Crypt { at, len }) = self.crypt else {
+        let Some(LuksPlace { at, len }) = self.crypt else {
             return Err(refused(
                 "the image is encrypted with LUKS and does not say where its keys are: the header is damaged",
             ));

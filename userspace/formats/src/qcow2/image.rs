@@ -3,18 +3,18 @@
 
 use super::alloc::Allocator;
 use super::bitmap_upkeep::BitmapNotes;
-use super::compressed::Unpacked;
+use super::compressed::UnpackedClusters;
 use super::content::ClusterFile;
-use super::entry::{Broken, ClusterLocation, L2Entry, SubclusterSource, COPIED};
+use super::entry::{ClusterLocation, EntryError, L2Entry, SubclusterSource, COPIED};
 use super::geometry::{Geometry, MAX_OFFSET};
-use super::header::{Compression, Crypt, Qcow2Header};
-use super::in_flight::Users;
+use super::header::{Compression, LuksPlace, Qcow2Header};
+use super::in_flight::InFlightRequests;
 use super::pack::PackedEnd;
 use super::preallocation::Rows;
 use super::slices::{Slice, Slices};
 use crate::barrier::Barrier;
 use crate::base::{self, Base};
-use crate::locks::Locks;
+use crate::locks::RangeLocks;
 use crate::metadata::Metadata;
 use crate::Storage;
 use diskio::{Errno, Gate};
@@ -46,7 +46,7 @@ pub(crate) struct Qcow2Image<S> {
     /// The clusters: in the same file, or another one.
     pub(crate) data: ClusterFile<S>,
     /// Place of the keys, if the image is encrypted.
-    pub(crate) crypt: Option<Crypt>,
+    pub(crate) crypt: Option<LuksPlace>,
     pub(crate) below: RefCell<Option<Rc<Base>>>,
     pub(crate) l1: Cell<EntryTable>,
     pub(crate) reftable: Cell<EntryTable>,
@@ -62,18 +62,18 @@ pub(crate) struct Qcow2Image<S> {
     pub(crate) slices: Slices<Metadata<S>>,
     pub(crate) barrier: Barrier<S>,
     pub(crate) allocator: Allocator,
-    pub(crate) users: Users,
+    pub(crate) users: InFlightRequests,
     /// Clusters of the disk that are being moved.
-    pub(crate) clusters: Locks,
+    pub(crate) clusters: RangeLocks,
     /// Entries of the L1 table that are being changed.
-    pub(crate) tables: Locks,
+    pub(crate) tables: RangeLocks,
     /// Number of times that clusters lost their content: no other change can restore an earlier state.
     pub(crate) zeroed: Cell<u64>,
     /// Sequential writers.
     pub(crate) rows: RefCell<Rows>,
     /// The first write has one thing to do.
     pub(crate) beginning: Gate,
-    pub(crate) unpacked: Unpacked,
+    pub(crate) unpacked: UnpackedClusters,
     /// Bytes that the file was seen to have.
     pub(crate) end: Cell<u64>,
     /// Damage that was reported: the first few times.
@@ -90,7 +90,7 @@ pub(crate) struct Found {
 /// Reason why a cluster's content is unknown.
 enum Wrong {
     /// Its entry cannot be.
-    Entry { word: u64, why: Broken },
+    Entry { word: u64, why: EntryError },
     /// A table is missing where one was expected.
     Nowhere,
 }

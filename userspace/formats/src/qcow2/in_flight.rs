@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 
 /// Requests that are under way, in the order of their beginning.
 #[derive(Debug, Default)]
-pub(crate) struct Users {
+pub(crate) struct InFlightRequests {
     next: Cell<u64>,
     active: RefCell<BTreeSet<u64>>,
 }
@@ -15,11 +15,11 @@ pub(crate) struct Users {
 #[derive(Debug)]
 #[must_use = "the request counts as over without this"]
 pub(crate) struct ActiveRequest<'u> {
-    users: &'u Users,
+    users: &'u InFlightRequests,
     number: u64,
 }
 
-impl Users {
+impl InFlightRequests {
     pub(crate) fn enter(&self) -> ActiveRequest<'_> {
         let number = self.next.get();
         self.next.set(number + 1);

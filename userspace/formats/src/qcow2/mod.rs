@@ -47,7 +47,7 @@ use crate::field::{counters, refused};
 use crate::ExtentFile as Part;
 use crate::{luks, storage, ImageNeeds, ImageParts, Options, Parent, Storage};
 use alloc::Allocator;
-use compressed::Unpacked;
+use compressed::UnpackedClusters;
 use content::ClusterFile;
 use control::Failure;
 use diskio::{Bytes, Data, Errno};
@@ -336,7 +336,7 @@ impl<S: Storage> Qcow2<S> {
             zeroed: Cell::new(0),
             rows: RefCell::default(),
             beginning: Default::default(),
-            unpacked: Unpacked::new(geometry.cluster(), budget / 8),
+            unpacked: UnpackedClusters::new(geometry.cluster(), budget / 8),
             end: Cell::new(0),
             reported: Cell::new(0),
         })

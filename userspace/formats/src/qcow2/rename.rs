@@ -52,7 +52,7 @@ pub async fn set_backing<S: Storage>(
 }
 
 /// A header with another name in it.
-struct Renamed {
+struct RenamedHeader {
     /// Beginning of the image, up to the last byte that changes.
     head: Vec<u8>,
     /// Offset of the name in bytes, if it can be stored before the rest.
@@ -64,7 +64,7 @@ fn renamed(
     version: u32,
     backing: Option<&BackingImage>,
     sector: Option<u32>,
-) -> Result<Renamed, Failure> {
+) -> Result<RenamedHeader, Failure> {
     let length = match version >= 3 {
         // `Qcow2Header::parse` has checked this.
         true => (be32(old, AT_HEADER_LEN) as usize).max(V3),
@@ -110,9 +110,9 @@ fn renamed(
     fits(head, old.len(), is_apart.then_some(at as u64))
 }
 
-fn fits(head: Vec<u8>, cluster: usize, name: Option<u64>) -> Result<Renamed, Failure> {
+fn fits(head: Vec<u8>, cluster: usize, name: Option<u64>) -> Result<RenamedHeader, Failure> {
     match head.len() <= cluster {
-        true => Ok(Renamed { head, name }),
+        true => Ok(RenamedHeader { head, name }),
         false => Err(refused(format!(
             "the name of the backing image does not fit into the header's cluster of {cluster} bytes: use a shorter \
              one, such as one in the same folder"

@@ -93,9 +93,9 @@ pub(crate) struct Slices<S> {
 }
 
 /// A slice is being read, until this is dropped.
-struct Loading<'s, S>(&'s Slices<S>, u64);
+struct LoadingSlice<'s, S>(&'s Slices<S>, u64);
 
-impl<S> Drop for Loading<'_, S> {
+impl<S> Drop for LoadingSlice<'_, S> {
     fn drop(&mut self) {
         self.0.loading.borrow_mut().remove(&self.1);
         self.0.loaded.ring();
@@ -173,7 +173,7 @@ impl<S: Storage> Slices<S> {
             let over = || (!self.loading.borrow().contains(&offset)).then_some(());
             self.loaded.until(over).await;
         }
-        let _loading = Loading(self, offset);
+        let _loading = LoadingSlice(self, offset);
         self.misses.set(self.misses.get() + 1);
         let data = self.storage.buffer(self.len)?;
         self.storage.read_padded(offset, data.clone()).await?;

@@ -2,13 +2,13 @@
 //! The body of a VHD whose blocks are allocated on the first write.
 
 use super::batmap::Batmap;
-use super::block_alloc::{Room, PAGE};
+use super::block_alloc::{BlockAllocator, PAGE};
 use super::blocks::{check, BlockTable, Item, UNUSED};
 use super::footer::Footer;
 use super::header::VhdHeader;
 use crate::base::{self, Base, ExtentRun};
 use crate::field::{counters, failed, part, pieces, refused};
-use crate::locks::Locks;
+use crate::locks::RangeLocks;
 use crate::metadata::Metadata;
 use crate::tables::{CachedTable, TableCache};
 use crate::{storage, Options, Storage};
@@ -34,9 +34,9 @@ pub(crate) struct Active<S> {
     blocks: BlockTable,
     batmap: Option<Batmap>,
     bitmaps: TableCache,
-    room: Room<S>,
+    room: BlockAllocator<S>,
     parent: Option<Rc<Base>>,
-    locks: Locks,
+    locks: RangeLocks,
 }
 
 /// Fills the last page of the file, with a footer at its end: a direct write into that page makes the file longer, so
@@ -88,7 +88,7 @@ impl<S: Storage> Active<S> {
             let work = fill(&*storage, &footer, length).await;
             work.map_err(failed("cannot write the VHD's footer"))?;
         }
-        let room = Room::new(&*storage, (bitmap, block), end, &gaps);
+        let room = BlockAllocator::new(&*storage, (bitmap, block), end, &gaps);
         Ok(Self {
             storage,
             size: Cell::new(footer.size),
@@ -101,7 +101,7 @@ impl<S: Storage> Active<S> {
             bitmaps: TableCache::new(options.cache),
             room,
             parent,
-            locks: Locks::default(),
+            locks: RangeLocks::default(),
         })
     }
 

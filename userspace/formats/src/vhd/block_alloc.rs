@@ -17,7 +17,7 @@ const GAPS: usize = 16;
 
 /// Allocator of places for blocks. All places that it hands out read as zeroes, also after a power cut.
 #[derive(Debug)]
-pub(crate) struct Room<S> {
+pub(crate) struct BlockAllocator<S> {
     /// Bytes of a bitmap, and of a block with it.
     bitmap: u64,
     len: u64,
@@ -38,7 +38,7 @@ pub(crate) struct Room<S> {
     gate: Gate,
 }
 
-impl<S: Storage> Room<S> {
+impl<S: Storage> BlockAllocator<S> {
     pub(crate) fn new(
         storage: &S,
         (bitmap, block): (u64, u64),

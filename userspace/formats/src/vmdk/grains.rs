@@ -2,7 +2,7 @@
 //! The map of an extent that knows which of its grains exist, whatever wrote it.
 
 use super::esxi::EsxiGrains;
-use super::sparse::Grains;
+use super::sparse::GrainMap;
 use crate::clusters::{ClusterMap, Found, Packed};
 use crate::eof_alloc::Tail;
 use crate::Storage;
@@ -12,7 +12,7 @@ use diskio::Errno;
 #[derive(Debug)]
 pub(crate) enum ExtentGrains {
     /// The map of an extent of VMware's programs for desktops, or of QEMU.
-    Vmware(Grains),
+    Vmware(GrainMap),
     /// The map of a snapshot of ESXi, which is only read.
     Esxi(EsxiGrains),
 }

@@ -32,7 +32,7 @@ use diskio::{Bytes, Data, Errno};
 use drivers::{Attributes, DiskInfo, Driver, DriverLimits, Extent, Fence, MappedExtent};
 use esxi::{EsxiGrains, EsxiHeader};
 use grains::ExtentGrains;
-use sparse::{Grains, SparseHeader, DIRECTORIES};
+use sparse::{GrainMap, SparseHeader, DIRECTORIES};
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::rc::Rc;
@@ -224,7 +224,7 @@ impl<S: Storage> Vmdk<S> {
             ));
         }
         share.take(header.kept())?;
-        let grains = Grains::read(&**file, &header, share.cache).await?;
+        let grains = GrainMap::read(&**file, &header, share.cache).await?;
         let grains = ExtentGrains::Vmware(grains);
         self.clusters(image, grains, header.capacity, place).await
     }

@@ -5,7 +5,7 @@
 use crate::clusters::{ClusterMap, Found, Packed, KEPT};
 use crate::eof_alloc::Tail;
 use crate::field::{failed, le16, le32, le64, put, refused};
-use crate::locks::Locks;
+use crate::locks::RangeLocks;
 use crate::storage;
 use crate::tables::{CachedTable, Pinned, TableCache};
 use crate::Storage;
@@ -246,7 +246,7 @@ fn meets(places: &[Range<u64>], at: u64, len: u64) -> bool {
 
 /// The map of a sparse extent.
 #[derive(Debug)]
-pub(crate) struct Grains {
+pub(crate) struct GrainMap {
     grain: u64,
     /// Byte ranges where no grain may be: the guest would overwrite the header, or the names of the parent and of the
     /// extents.
@@ -258,7 +258,7 @@ pub(crate) struct Grains {
     redundant: Option<Pinned>,
     tables: TableCache,
     /// A lock for each table that does not exist.
-    locks: Locks,
+    locks: RangeLocks,
 }
 
 /// Reads a directory, whose tables are all in the image.
@@ -296,7 +296,7 @@ async fn directory(
 /// Bytes of a table.
 pub(crate) const TABLE: usize = ENTRIES as usize * 4;
 
-impl Grains {
+impl GrainMap {
     pub(crate) async fn read(
         storage: &impl Storage,
         header: &SparseHeader,
@@ -316,7 +316,7 @@ impl Grains {
             directory,
             redundant,
             tables: TableCache::new(cache),
-            locks: Locks::default(),
+            locks: RangeLocks::default(),
         })
     }
 
@@ -389,7 +389,7 @@ impl Grains {
     }
 }
 
-impl<S: Storage> ClusterMap<S> for Grains {
+impl<S: Storage> ClusterMap<S> for GrainMap {
     fn cluster(&self) -> u64 {
         self.grain
     }

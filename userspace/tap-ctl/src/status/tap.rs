@@ -6,7 +6,7 @@ use super::verdict::{well, Cause, OldestRequest, State, Surroundings, Verdict};
 use crate::host::task::Task;
 use crate::sample::{SampledDisk, Supervisor};
 use crate::sample_delta::Figures;
-use control::supervisor::{Doing, Kernel, TopRow};
+use control::supervisor::{Kernel, PendingOperation, TopRow};
 use control::{tapdisk, Limits};
 use std::time::Duration;
 
@@ -71,7 +71,7 @@ fn without_process(tap: &TopRow, kernel: &Kernel) -> Verdict {
             .because(Cause::Storage)
             .remedy("see to the storage of its image");
     }
-    if tap.row.doing == Some(Doing::Park) {
+    if tap.row.doing == Some(PendingOperation::Park) {
         let why = "the kernel's module is being exchanged, and it has no node until then";
         return Verdict::new(State::Paused, why)
             .because(Cause::Administrator)

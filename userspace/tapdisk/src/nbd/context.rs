@@ -8,7 +8,7 @@
 use super::wire::{self, Choice, Chunk, ClientRequest, OptionReply};
 use super::{Client, MAX_EXTENTS};
 use crate::internal_request;
-use crate::session::{Since, StoredBitmap};
+use crate::session::{ChangedSince, StoredBitmap};
 use control::{Code, Failure};
 use diskio::Errno;
 use drivers::nbd::proto::{ALLOCATION, DIRTY, STATE_DIRTY, STATE_HOLE, STATE_ZERO};
@@ -25,7 +25,7 @@ pub(super) enum Context {
     /// Holes.
     Allocation,
     /// Ranges that have changed since a mark.
-    Since(Rc<Since>),
+    Since(Rc<ChangedSince>),
     /// Dirty bitmap that the image stores.
     Stored(Rc<StoredBitmap>),
 }

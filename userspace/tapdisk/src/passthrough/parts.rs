@@ -6,7 +6,7 @@
 //! where the next requests will be. While the process is idle, it looks up the disk from its beginning on, so that much
 //! of the data that a booting guest reads is mapped before its requests. A place that the driver reports is valid until
 //! the guest discards it, and the kernel knows of that: it refuses places that were looked up before. It does not know
-//! of changes by other clients: they hold a [`Ban`](super::Ban), and places that were looked up before it are not sent.
+//! of changes by other clients: they hold a [`PassthroughBan`](super::Ban), and places that were looked up before it are not sent.
 
 use super::{Direct, KernelMappings, PassthroughImage};
 use drivers::{Disk, Holder, MappedExtent};
@@ -39,7 +39,7 @@ pub(super) struct Missed {
     counts: Cell<bool>,
     windows: RefCell<Vec<Window>>,
     is_looking: Cell<bool>,
-    ahead: Cell<Ahead>,
+    ahead: Cell<LookAhead>,
 }
 
 /// A part of the disk that is to be looked up.
@@ -52,7 +52,7 @@ struct Window {
 
 /// Progress of the look-up before the first request.
 #[derive(Clone, Copy, Debug, Default)]
-struct Ahead {
+struct LookAhead {
     /// Bytes from the beginning on.
     until: u64,
     /// Contiguous runs of places.
@@ -60,7 +60,7 @@ struct Ahead {
     last: Option<MappedExtent>,
 }
 
-impl Ahead {
+impl LookAhead {
     fn add(&mut self, places: &[MappedExtent]) {
         for place in places {
             let goes_on = self.last.is_some_and(|last| last.is_continued_by(place));

@@ -4,7 +4,7 @@
 use super::Session;
 use crate::stats_file::{self, PersistentStats};
 use control::stats::Stats;
-use control::tapdisk::Needed;
+use control::tapdisk::RequestedFile;
 use diskio::Errno;
 use std::cell::RefCell;
 use std::io;
@@ -18,7 +18,7 @@ impl Session {
     /// Asks for the memory that survives this process, and continues the counts of an earlier one.
     pub(super) async fn find_kept(&self) {
         let size = stats_file::SIZE;
-        let ask = async { Ok(self.needs.ask(Needed::State { size }).await) };
+        let ask = async { Ok(self.needs.ask(RequestedFile::State { size }).await) };
         let found = match self.runtime.io.within(PATIENCE, ask).await {
             Ok(Ok(given)) => PersistentStats::new(given.fd).map_err(io::Error::from),
             Ok(Err(failure)) => Err(io::Error::other(failure)),

@@ -3,7 +3,7 @@
 
 use super::Session;
 use crate::dirty_bitmap::DirtyBitmap;
-use control::tapdisk::{Needed, Open, Reply};
+use control::tapdisk::{Open, Reply, RequestedFile};
 use control::Failure;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
@@ -15,7 +15,7 @@ impl Session {
         let Some(unit) = open.notes else {
             return Ok(None);
         };
-        let given = self.needs.ask(Needed::Notes).await?;
+        let given = self.needs.ask(RequestedFile::Notes).await?;
         Ok(Some(Rc::new(DirtyBitmap::new(given.fd, unit)?)))
     }
 

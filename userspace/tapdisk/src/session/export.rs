@@ -4,7 +4,7 @@
 
 use super::image::Parts;
 use crate::FdBroker;
-use control::tapdisk::Needed;
+use control::tapdisk::RequestedFile;
 use control::{Export, Failure, Listener, Target, TlsFile};
 use drivers::nbd::{self, Credentials, Nbd};
 use drivers::{Disk, DiskInfo};
@@ -31,8 +31,8 @@ impl Parts<'_> {
         };
         let (settle, unflushed) = self.session.exports.get().unwrap_or_else(|| {
             let settle = match export.socket() {
-                Some(_) => nbd::Settle::default(),
-                None => nbd::Settle::network(),
+                Some(_) => nbd::RetryTimes::default(),
+                None => nbd::RetryTimes::network(),
             };
             (settle, nbd::UNFLUSHED)
         });
@@ -71,7 +71,10 @@ impl Server {
     /// The content of a file.
     async fn content(&self, file: TlsFile) -> Result<Vec<u8>, Failure> {
         let target = self.target.clone();
-        let given = self.needs.ask(Needed::Credential { target, file }).await?;
+        let given = self
+            .needs
+            .ask(RequestedFile::Credential { target, file })
+            .await?;
         let mut content = Vec::new();
         let read = File::from(given.fd)
             .take(MOST + 1)
@@ -92,7 +95,7 @@ impl Server {
 impl nbd::Connect for Server {
     async fn connect(&self) -> Result<OwnedFd, Failure> {
         let target = self.target.clone();
-        let given = self.needs.ask(Needed::Server { target }).await?;
+        let given = self.needs.ask(RequestedFile::Server { target }).await?;
         Ok(given.fd)
     }
 

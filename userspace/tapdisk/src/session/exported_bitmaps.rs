@@ -33,7 +33,7 @@ pub(super) struct Marks {
     /// Number of events that may have changed or ended one.
     changes: Cell<u64>,
     /// Marks that clients ask about. They share the content, which may be a megabyte.
-    known: RefCell<Vec<Weak<Since>>>,
+    known: RefCell<Vec<Weak<ChangedSince>>>,
 }
 
 impl Marks {
@@ -42,14 +42,14 @@ impl Marks {
         self.changes.set(self.changes.get().wrapping_add(1));
     }
 
-    fn since(&self, mark: Mark) -> Rc<Since> {
+    fn since(&self, mark: Mark) -> Rc<ChangedSince> {
         let mut known = self.known.borrow_mut();
         known.retain(|since| since.strong_count() > 0);
         let mut all = known.iter().filter_map(Weak::upgrade);
         if let Some(since) = all.find(|since| since.number == mark.number) {
             return since;
         }
-        let since = Rc::new(Since {
+        let since = Rc::new(ChangedSince {
             number: mark.number,
             name: mark.name,
             known: RefCell::default(),
@@ -61,13 +61,13 @@ impl Marks {
 
 /// Ranges that the guest has changed since a mark.
 #[derive(Debug)]
-pub(crate) struct Since {
+pub(crate) struct ChangedSince {
     number: u64,
     name: MarkName,
     known: RefCell<Option<Known>>,
 }
 
-impl Since {
+impl ChangedSince {
     /// The name of the mark.
     pub(crate) fn name(&self) -> &MarkName {
         &self.name
@@ -118,7 +118,7 @@ impl Session {
     ///
     /// # Errors
     /// The supervisor does not say.
-    pub(crate) async fn since_marks(&self) -> Result<Vec<Rc<Since>>, Failure> {
+    pub(crate) async fn since_marks(&self) -> Result<Vec<Rc<ChangedSince>>, Failure> {
         // Without a dirty bitmap there are no marks, and there may be no supervisor to ask.
         if self.running().await.notes().is_none() {
             return Ok(Vec::new());
@@ -137,7 +137,7 @@ impl Session {
     /// The range is outside of the disk or not a whole number of its blocks, or the content of the mark is unknown.
     pub(crate) async fn changed(
         &self,
-        since: &Since,
+        since: &ChangedSince,
         offset: u64,
         len: u64,
         most: usize,
@@ -212,7 +212,7 @@ impl Session {
     /// Asks the supervisor for the content of a mark.
     async fn heard(
         &self,
-        since: &Since,
+        since: &ChangedSince,
         size: u64,
         notes: &DirtyBitmap,
     ) -> Result<Bitmap, Failure> {

@@ -4,7 +4,7 @@
 
 use super::cow::MEMORY;
 use super::Session;
-use control::tapdisk::{Needed, Open, Reply, State};
+use control::tapdisk::{Open, Reply, RequestedFile, State};
 use control::{Code, Driver, Failure, Target};
 use diskio::{Errno, File, LockKind, LockPart};
 use drivers::{Disk, DiskInfo, Fence, Raw};
@@ -328,8 +328,8 @@ impl formats::Files<File> for Parts<'_> {
             )));
         }
         let (what, kind) = match writable {
-            true => (Needed::Extent { path: path.into() }, LockKind::Write),
-            false => (Needed::Parent { path: path.into() }, LockKind::Read),
+            true => (RequestedFile::Extent { path: path.into() }, LockKind::Write),
+            false => (RequestedFile::Parent { path: path.into() }, LockKind::Read),
         };
         let given = self.session.needs.ask(what).await?;
         if let Some(backing) = given.backing.filter(|_| !writable) {

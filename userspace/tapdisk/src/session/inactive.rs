@@ -7,7 +7,7 @@
 use super::{no_node, not_running, Session};
 use crate::describe::describe;
 use crate::io_errors::wait;
-use control::tapdisk::{Open, Reply, Stamp};
+use control::tapdisk::{ImageStamp, Open, Reply};
 use control::{Code, Failure};
 use diskio::File;
 use rustix::fs::{fstat, FileType};
@@ -19,7 +19,7 @@ use std::task::Poll;
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Inactive {
     /// State in which the image was left.
-    stamp: Option<Stamp>,
+    stamp: Option<ImageStamp>,
 }
 
 impl Session {
@@ -106,14 +106,14 @@ impl Session {
 }
 
 /// Returns the present state of an image's file.
-pub(super) fn stamp(image: &File) -> Option<Stamp> {
+pub(super) fn stamp(image: &File) -> Option<ImageStamp> {
     let file = fstat(image).ok()?;
     // A server of files has times of its own, which come when they come.
     if image.is_remote().unwrap_or(true) {
         return None;
     }
     let is_file = FileType::from_raw_mode(file.st_mode) == FileType::RegularFile;
-    is_file.then_some(Stamp {
+    is_file.then_some(ImageStamp {
         // CAST: a size is not negative.
         size: file.st_size as u64,
         modified_s: file.st_mtime,
@@ -127,7 +127,7 @@ pub(super) fn stamp(image: &File) -> Option<Stamp> {
 pub(super) fn check(
     open: &Open,
     image: Option<&File>,
-    stamp: Option<Stamp>,
+    stamp: Option<ImageStamp>,
 ) -> Result<(), Failure> {
     let has_others = open.shared && !open.target.driver().has_one_writer();
     match stamp.filter(|_| !has_others) {
@@ -146,11 +146,11 @@ pub(super) fn check(
 #[cfg(test)]
 mod tests {
     use super::check;
-    use control::tapdisk::{Open, Stamp};
+    use control::tapdisk::{ImageStamp, Open};
 
     #[test]
     fn others_may_have_written_what_has_no_tables_and_is_shared() {
-        let stamp = Stamp {
+        let stamp = ImageStamp {
             size: 512,
             modified_s: 1,
             modified_ns: 2,

@@ -2,7 +2,7 @@
 //! The key of an encrypted image: the supervisor opens its file, and only this process reads the content.
 
 use super::image::Parts;
-use control::tapdisk::Needed;
+use control::tapdisk::RequestedFile;
 use control::Failure;
 use formats::luks::ImageKey;
 use std::fs::File;
@@ -20,7 +20,11 @@ impl Parts<'_> {
             )));
         }
         let target = target.clone();
-        let given = self.session.needs.ask(Needed::Key { target }).await?;
+        let given = self
+            .session
+            .needs
+            .ask(RequestedFile::Key { target })
+            .await?;
         let key = ImageKey::read(File::from(given.fd)).map_err(|failure| {
             let name = path.display();
             Failure::new(failure.code, format!("key={name}: {}", failure.message))

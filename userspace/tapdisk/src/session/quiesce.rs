@@ -2,7 +2,7 @@
 //! Observers that must see all requests from a moment on begin when no request is under way.
 
 use super::{not_running, Session};
-use crate::passthrough::Ban;
+use crate::passthrough::PassthroughBan;
 use crate::Server;
 use control::tapdisk::{Open, Reply};
 use control::Failure;
@@ -10,7 +10,7 @@ use std::cell::RefCell;
 
 impl Session {
     /// Suspends passthrough if an observer must see all requests, whatever mappings another process has sent.
-    pub(super) async fn ban_if(&self, is_wanted: bool) -> Result<Option<Ban>, Failure> {
+    pub(super) async fn ban_if(&self, is_wanted: bool) -> Result<Option<PassthroughBan>, Failure> {
         match is_wanted {
             true => self.direct.forbid().await.map(Some),
             false => Ok(None),
@@ -20,7 +20,7 @@ impl Session {
     /// Does `change` while nothing is under way, and bans the kernel from then on, or does so no more.
     pub(super) async fn while_still(
         &self,
-        banned: &RefCell<Option<Ban>>,
+        banned: &RefCell<Option<PassthroughBan>>,
         is_wanted: bool,
         change: impl FnOnce(&Server, &mut Open) -> Result<(), Failure>,
     ) -> Result<Reply, Failure> {

@@ -3,7 +3,7 @@
 
 use super::Session;
 use crate::tracer::Tracer;
-use control::tapdisk::{Needed, Open, Reply};
+use control::tapdisk::{Open, Reply, RequestedFile};
 use control::Failure;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
@@ -16,7 +16,7 @@ impl Session {
         if !open.trace {
             return None;
         }
-        let given = self.needs.ask(Needed::Trace).await;
+        let given = self.needs.ask(RequestedFile::Trace).await;
         match given.and_then(|given| Tracer::resume(given.fd, size, &self.untraced)) {
             Ok(tracer) => Some(tracer),
             Err(failure) => {

@@ -6,7 +6,7 @@
 //! credit, so a new process gains nothing over the old one. Credit is at most a burst at the present pace, so disks
 //! whose paces together never exceed the group's never have more credit than the group's burst.
 
-use control::{Pace, Share, MILLI};
+use control::{GroupRate, RateShare, MILLI};
 use std::time::Duration;
 
 const SECOND: i128 = 1_000_000_000;
@@ -15,12 +15,12 @@ const LONGEST: u64 = 3_600_000_000_000;
 
 /// Credit in billionths of a byte or request, and its time in nanoseconds. A debt is below 0.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-struct Purse {
+struct RateCredit {
     have: i128,
     at: u64,
 }
 
-impl Purse {
+impl RateCredit {
     /// Time has passed, at this pace.
     fn fill(&mut self, now: u64, pace: Option<u64>, burst_s: u32) {
         let time = now.saturating_sub(self.at);
@@ -73,16 +73,16 @@ impl Waits {
 
 /// A share, and its remaining credit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Allotment {
-    share: Share,
-    bytes: Purse,
-    requests: Purse,
+pub(super) struct RateAllotment {
+    share: RateShare,
+    bytes: RateCredit,
+    requests: RateCredit,
 }
 
-impl Allotment {
+impl RateAllotment {
     /// Makes the allotment of a disk without credit.
-    pub(super) fn new(share: Share, now: u64) -> Self {
-        let empty = Purse { have: 0, at: now };
+    pub(super) fn new(share: RateShare, now: u64) -> Self {
+        let empty = RateCredit { have: 0, at: now };
         Self {
             share,
             bytes: empty,
@@ -92,7 +92,7 @@ impl Allotment {
 
     /// Replaces the share; the credit stays, up to a burst of the new one. A share that is older than the present one
     /// is ignored.
-    pub(super) fn change(&mut self, share: Share, now: u64) {
+    pub(super) fn change(&mut self, share: RateShare, now: u64) {
         self.fill(now);
         if share.until < self.share.until {
             return;
@@ -101,7 +101,7 @@ impl Allotment {
         self.fill(now);
     }
 
-    fn pace(&self, now: u64) -> Pace {
+    fn pace(&self, now: u64) -> GroupRate {
         self.share.pace_at(Duration::from_nanos(now))
     }
 
@@ -123,7 +123,7 @@ impl Allotment {
         self.fill_at(now, self.pace(now));
     }
 
-    fn fill_at(&mut self, now: u64, pace: Pace) {
+    fn fill_at(&mut self, now: u64, pace: GroupRate) {
         let burst_s = self.share.burst_s;
         self.bytes.fill(now, pace.bytes, burst_s);
         self.requests.fill(now, pace.milli_requests, burst_s);
@@ -153,7 +153,7 @@ impl Allotment {
 
 #[cfg(test)]
 mod tests {
-    use super::{Allotment, Pace, Share};
+    use super::{GroupRate, RateAllotment, RateShare};
     use proptest::prelude::*;
     use std::time::Duration;
 
@@ -161,12 +161,12 @@ mod tests {
     const SECOND: u64 = 1000 * MS;
     const GRACE: Duration = Duration::from_millis(500);
 
-    fn share(pace: u64, until: u64, after: u64, burst_s: u32) -> Share {
-        let bytes = |pace| Pace {
+    fn share(pace: u64, until: u64, after: u64, burst_s: u32) -> RateShare {
+        let bytes = |pace| GroupRate {
             bytes: Some(pace),
             milli_requests: None,
         };
-        Share {
+        RateShare {
             pace: bytes(pace),
             until: Duration::from_nanos(until),
             after: bytes(after),
@@ -194,7 +194,7 @@ mod tests {
     }
 
     /// Bytes that the announced shares allow between two moments, in whole milliseconds.
-    struct AllowedBytes(Vec<(u64, Share)>);
+    struct AllowedBytes(Vec<(u64, RateShare)>);
 
     impl AllowedBytes {
         fn pace(&self, at: u64) -> u64 {
@@ -223,7 +223,7 @@ mod tests {
             let whole = |ns: u64| ns.div_ceil(MS) * MS;
             let mut now = SECOND;
             let first = share(1_000_000, 2 * SECOND, 500_000, burst_s);
-            let (mut of, mut told) = (Allotment::new(first, now), AllowedBytes(vec![(now, first)]));
+            let (mut of, mut told) = (RateAllotment::new(first, now), AllowedBytes(vec![(now, first)]));
             let mut passed: Vec<(u64, u64)> = Vec::new();
             for step in steps {
                 match step {
@@ -270,7 +270,7 @@ mod tests {
 
     #[test]
     fn who_owes_still_owes_with_another_share() {
-        let mut of = Allotment::new(share(1000, 10 * SECOND, 500, 1), 0);
+        let mut of = RateAllotment::new(share(1000, 10 * SECOND, 500, 1), 0);
         of.take(0, 1000);
         assert_eq!(of.wait(0).bytes, SECOND);
         of.change(share(2000, 10 * SECOND, 500, 1), 0);
@@ -289,7 +289,7 @@ mod tests {
 
     #[test]
     fn nothing_is_saved_up_before_the_first_second() {
-        let mut of = Allotment::new(share(1000, 100 * SECOND, 500, 2), 0);
+        let mut of = RateAllotment::new(share(1000, 100 * SECOND, 500, 2), 0);
         of.take(0, 1);
         assert_eq!(of.wait(0).bytes, MS);
         // A burst of two seconds, and one request.
@@ -303,7 +303,7 @@ mod tests {
 
     #[test]
     fn what_has_no_pace_is_not_limited() {
-        let mut of = Allotment::new(share(1000, SECOND, 500, 1), 0);
+        let mut of = RateAllotment::new(share(1000, SECOND, 500, 1), 0);
         for _ in 0..1000 {
             assert_eq!(of.wait(0).requests, 0);
             of.take(0, 0);

@@ -6,7 +6,7 @@ pub(crate) mod qemu;
 
 use super::guest::{step, Step};
 use super::{give_or_refuse, Process};
-use control::tapdisk::{Disk, Needed, Open, Provided, Reply, Request};
+use control::tapdisk::{Disk, FdGrant, Open, Reply, Request, RequestedFile};
 use control::{Channel, Failure};
 use proptest::strategy::{Strategy, ValueTree};
 use proptest::test_runner::TestRunner;
@@ -193,12 +193,12 @@ pub(crate) fn key(bytes: &[u8]) -> OwnedFd {
 
 /// Gives a process `files` files that it asks for. It asks first for the memory that would survive it, which is
 /// refused.
-pub(crate) fn give(channel: &mut Channel, files: usize) -> Vec<Needed> {
+pub(crate) fn give(channel: &mut Channel, files: usize) -> Vec<RequestedFile> {
     give_to(channel, files, false)
 }
 
 /// Gives `files` files; those that are only read go through the page cache if `cached` is set.
-fn give_to(channel: &mut Channel, files: usize, cached: bool) -> Vec<Needed> {
+fn give_to(channel: &mut Channel, files: usize, cached: bool) -> Vec<RequestedFile> {
     let (mut known, mut asked) = (0, Vec::new());
     while asked.len() < 1 + files {
         // A process whose open fails asks for no more files: its answer has the reason.
@@ -208,12 +208,12 @@ fn give_to(channel: &mut Channel, files: usize, cached: bool) -> Vec<Needed> {
         for need in needs {
             known = known.max(need.number);
             let fd = match &need.what {
-                Needed::Parent { path } => Some(opened(path, false, !cached)),
-                Needed::Extent { path } => Some(file(path, true)),
-                Needed::Key { .. } => Some(key(KEY)),
+                RequestedFile::Parent { path } => Some(opened(path, false, !cached)),
+                RequestedFile::Extent { path } => Some(file(path, true)),
+                RequestedFile::Key { .. } => Some(key(KEY)),
                 _ => None,
             };
-            give_or_refuse(channel, need.number, fd, Provided::Locked);
+            give_or_refuse(channel, need.number, fd, FdGrant::Locked);
             asked.push(need.what);
         }
     }
@@ -241,7 +241,7 @@ impl ServedImage {
         &self,
         process: &mut Process,
         question: Request,
-    ) -> (Result<Reply, Failure>, Vec<Needed>) {
+    ) -> (Result<Reply, Failure>, Vec<RequestedFile>) {
         let mut asked = Vec::new();
         let image = file(&self.path, true);
         let cached = self.question().target.caches_below();

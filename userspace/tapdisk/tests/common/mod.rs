@@ -8,7 +8,7 @@ pub(crate) mod guest;
 pub(crate) mod images;
 pub(crate) mod watched;
 
-use control::tapdisk::{Engine, Need, Open, Provided, Reply, Request, Status};
+use control::tapdisk::{Engine, FdGrant, FdRequest, Open, Reply, Request, Status};
 use control::{Channel, Code, Failure};
 use diskio::Runtime;
 use drivers::{DiskInfo, DriverLimits};
@@ -78,7 +78,7 @@ impl Image {
 }
 
 /// Returns the open questions of a tapdisk with a higher number than `after`.
-pub(crate) fn needs(channel: &mut Channel, after: u64) -> Vec<Need> {
+pub(crate) fn needs(channel: &mut Channel, after: u64) -> Vec<FdRequest> {
     match channel.ask(Request::Needs { after }, &[]) {
         Ok(Reply::Needs { needs }) => needs,
         other => panic!("{other:?}"),
@@ -89,7 +89,7 @@ pub(crate) fn needs(channel: &mut Channel, after: u64) -> Vec<Need> {
 pub(crate) fn provide(
     channel: &mut Channel,
     number: u64,
-    provided: Provided,
+    provided: FdGrant,
     fd: Option<impl AsFd>,
 ) {
     let question = Request::Provide {
@@ -106,7 +106,7 @@ pub(crate) fn give_or_refuse(
     channel: &mut Channel,
     number: u64,
     given: Option<impl AsFd>,
-    provided: Provided,
+    provided: FdGrant,
 ) {
     match given {
         Some(_) => provide(channel, number, provided, given),
@@ -117,7 +117,7 @@ pub(crate) fn give_or_refuse(
 /// Refuses a need.
 pub(crate) fn refuse(channel: &mut Channel, number: u64) {
     let why = Failure::new(Code::Denied, "it is not for a test");
-    provide(channel, number, Provided::Refused(why), None::<OwnedFd>);
+    provide(channel, number, FdGrant::Refused(why), None::<OwnedFd>);
 }
 
 /// A tapdisk in a thread.

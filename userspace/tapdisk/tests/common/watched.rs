@@ -3,7 +3,7 @@
 
 use super::images::{answered, file};
 use super::{give_or_refuse, needs, Image, Process, SIZE};
-use control::tapdisk::{Engine, Needed, Open, Provided, Reply, Request};
+use control::tapdisk::{Engine, FdGrant, Open, Reply, Request, RequestedFile};
 use control::Channel;
 use ring::tap::shadow::Op;
 use std::fs;
@@ -81,10 +81,10 @@ pub(crate) fn give(channel: &mut Channel, watched: &Watched<'_>) {
         let need = all.first().expect("a need");
         known = need.number;
         let given = match need.what {
-            Needed::Notes => watched.notes.map(|(_, map)| map),
-            Needed::Trace => watched.trace,
+            RequestedFile::Notes => watched.notes.map(|(_, map)| map),
+            RequestedFile::Trace => watched.trace,
             _ => None,
         };
-        give_or_refuse(channel, need.number, given, Provided::Shared);
+        give_or_refuse(channel, need.number, given, FdGrant::Shared);
     }
 }

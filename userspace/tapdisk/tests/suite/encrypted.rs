@@ -5,7 +5,7 @@
 use crate::common::images::{answered, file, key, Folder, ServedImage, KEY, SEALED, SIZE};
 use crate::common::{give_or_refuse, needs, Process, LIMIT};
 use control::stats::Streaming;
-use control::tapdisk::{Needed, Open, Provided, Reply, Request};
+use control::tapdisk::{FdGrant, Open, Reply, Request, RequestedFile};
 use control::{Channel, Code, Failure};
 use ring::tap::shadow::Op;
 use std::fs;
@@ -29,9 +29,9 @@ fn give(channel: &mut Channel, secret: &[u8]) {
     loop {
         for need in needs(channel, known) {
             known = known.max(need.number);
-            let is_key = matches!(need.what, Needed::Key { .. });
+            let is_key = matches!(need.what, RequestedFile::Key { .. });
             let fd = is_key.then(|| key(secret));
-            give_or_refuse(channel, need.number, fd, Provided::Shared);
+            give_or_refuse(channel, need.number, fd, FdGrant::Shared);
             if is_key {
                 return;
             }

@@ -2,7 +2,7 @@
 //! A tapdisk serves an export of QEMU's server, over connections that the supervisor makes.
 
 use crate::common::{give_or_refuse, Process};
-use control::tapdisk::{Needed, Open, Provided, Reply, Request};
+use control::tapdisk::{FdGrant, Open, Reply, Request, RequestedFile};
 use control::{Channel, Code};
 use ring::response::ResponseStatus;
 use ring::tap::shadow::{self, Op};
@@ -163,14 +163,14 @@ fn certificate(name: &str) -> PathBuf {
 }
 
 /// Returns the descriptor that a supervisor gives for a question, if any.
-fn given(what: &Needed, socket: &Path) -> Option<OwnedFd> {
+fn given(what: &RequestedFile, socket: &Path) -> Option<OwnedFd> {
     match what {
-        Needed::Server { .. } => {
+        RequestedFile::Server { .. } => {
             let stream = UnixStream::connect(socket).unwrap();
             stream.set_nonblocking(true).unwrap();
             Some(stream.into())
         }
-        Needed::Credential { target, file } => {
+        RequestedFile::Credential { target, file } => {
             let path = target.tls().and_then(|tls| tls.path(*file)).unwrap();
             Some(File::open(path).unwrap().into())
         }
@@ -185,8 +185,8 @@ pub(crate) fn give(channel: &mut Channel, socket: &Path, mut times: u32) {
         for need in crate::common::needs(channel, known) {
             known = known.max(need.number);
             let given = given(&need.what, socket);
-            give_or_refuse(channel, need.number, given, Provided::Shared);
-            times -= u32::from(matches!(need.what, Needed::Server { .. }));
+            give_or_refuse(channel, need.number, given, FdGrant::Shared);
+            times -= u32::from(matches!(need.what, RequestedFile::Server { .. }));
         }
     }
 }
@@ -405,11 +405,11 @@ fn what_the_guest_is_owed_outlives_the_process() {
                 for need in crate::common::needs(channel, known) {
                     known = known.max(need.number);
                     let given = match need.what {
-                        Needed::State { .. } => Some(memory.try_clone().unwrap()),
+                        RequestedFile::State { .. } => Some(memory.try_clone().unwrap()),
                         _ => given(&need.what, &server.socket()),
                     };
-                    give_or_refuse(channel, need.number, given, Provided::Shared);
-                    is_connected |= matches!(need.what, Needed::Server { .. });
+                    give_or_refuse(channel, need.number, given, FdGrant::Shared);
+                    is_connected |= matches!(need.what, RequestedFile::Server { .. });
                 }
             }
         });

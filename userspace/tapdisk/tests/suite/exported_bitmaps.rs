@@ -7,7 +7,7 @@ use crate::common::guest::{Guest, Step};
 use crate::common::images::{answered, file, steps, Folder, SIZE};
 use crate::common::watched::{Raw, Watched};
 use crate::common::{Image, Process};
-use control::tapdisk::{Needed, Open, Provided, Reply, Request};
+use control::tapdisk::{FdGrant, Open, Reply, Request, RequestedFile};
 use control::{Changed, Channel, Code, Extent, Failure, Mark};
 use ring::tap::shadow::Op;
 use std::os::fd::{AsFd, OwnedFd};
@@ -106,14 +106,14 @@ impl KnownMarks {
         units
     }
 
-    fn answer(&mut self, what: &Needed) -> (Provided, Option<OwnedFd>) {
-        let refused = |why: &str| Provided::Refused(Failure::new(Code::NotFound, why));
+    fn answer(&mut self, what: &RequestedFile) -> (FdGrant, Option<OwnedFd>) {
+        let refused = |why: &str| FdGrant::Refused(Failure::new(Code::NotFound, why));
         match what {
-            Needed::Notes => {
+            RequestedFile::Notes => {
                 let last = self.all.last().expect("a mark");
-                (Provided::Shared, Some(last.map.descriptor()))
+                (FdGrant::Shared, Some(last.map.descriptor()))
             }
-            Needed::Marks => {
+            RequestedFile::Marks => {
                 self.asked += 1;
                 let mark = |(number, noted): (usize, &Noted)| {
                     let name = noted.name.as_ref()?.parse();
@@ -125,15 +125,15 @@ impl KnownMarks {
                     })
                 };
                 let marks = self.all.iter().enumerate().filter_map(mark);
-                (Provided::Marks(marks.collect()), None)
+                (FdGrant::Marks(marks.collect()), None)
             }
-            Needed::Changed { mark, size, from } => {
+            RequestedFile::Changed { mark, size, from } => {
                 self.asked += 1;
                 assert_eq!(*size, SIZE);
                 let place = *mark as usize;
                 let named = |noted: &Noted| noted.name.is_some();
                 match self.all.get(place).is_some_and(named) {
-                    true => (Provided::Changed(self.changed(place, *from)), None),
+                    true => (FdGrant::Changed(self.changed(place, *from)), None),
                     false => (refused("there is no such mark"), None),
                 }
             }

@@ -2,7 +2,7 @@
 //! A tapdisk asks for files that it cannot open itself.
 
 use crate::common::{needs, refuse, Image, Process, SIZE};
-use control::tapdisk::{Engine, Needed, Open, Provided, Reply, Request};
+use control::tapdisk::{Engine, FdGrant, Open, Reply, Request, RequestedFile};
 use control::wire::{encode, Envelope};
 use control::{Channel, Code, Failure};
 use ring::tap::shadow::Op;
@@ -36,10 +36,10 @@ fn give_memory(channel: &mut Channel, memory: &OwnedFd) {
     let [need] = asked.as_slice() else {
         panic!("{asked:?}");
     };
-    assert!(matches!(need.what, Needed::State { .. }), "{need:?}");
+    assert!(matches!(need.what, RequestedFile::State { .. }), "{need:?}");
     let question = Request::Provide {
         number: need.number,
-        provided: Provided::Shared,
+        provided: FdGrant::Shared,
         backing: None,
     };
     // Without the descriptor it is no answer, and the need stands.
@@ -133,7 +133,10 @@ fn a_supervisor_that_does_not_answer_does_not_keep_the_disk_for_ever() {
     let mut number = 0;
     let reply = open(&mut process, &image, |channel| {
         let asked = needs(channel, 0);
-        assert!(matches!(asked[0].what, Needed::State { .. }), "{asked:?}");
+        assert!(
+            matches!(asked[0].what, RequestedFile::State { .. }),
+            "{asked:?}"
+        );
         number = asked[0].number;
     });
     assert!(matches!(reply, Ok(Reply::Disk(_))), "{reply:?}");
@@ -143,7 +146,7 @@ fn a_supervisor_that_does_not_answer_does_not_keep_the_disk_for_ever() {
     let memory = memfd_create("state", MemfdFlags::CLOEXEC).unwrap();
     let question = Request::Provide {
         number,
-        provided: Provided::Shared,
+        provided: FdGrant::Shared,
         backing: None,
     };
     let reply = process.ask_with(question, memory.as_fd());

@@ -3,7 +3,7 @@
 //! returns old data.
 
 use crate::common::{needs, refuse, Image, Process, SIZE};
-use control::tapdisk::{Engine, Needed, Open, Reply, Request, Stamp, State};
+use control::tapdisk::{Engine, ImageStamp, Open, Reply, Request, RequestedFile, State};
 use control::{Channel, Code, Failure};
 use ring::response::ResponseStatus;
 use ring::tap::shadow::Op;
@@ -15,7 +15,7 @@ use tapdev::fake::FakeTap;
 
 const ENGINES: [Engine; 3] = [Engine::Uring, Engine::Aio, Engine::Sync];
 
-fn inactivated(process: &mut Process) -> Option<Stamp> {
+fn inactivated(process: &mut Process) -> Option<ImageStamp> {
     match process.ask(Request::Inactivate, None) {
         Ok(Reply::Inactive { stamp }) => stamp,
         other => panic!("{other:?}"),
@@ -26,7 +26,7 @@ fn activate(
     process: &mut Process,
     image: &Image,
     engine: Engine,
-    stamp: Option<Stamp>,
+    stamp: Option<ImageStamp>,
 ) -> Result<Reply, Failure> {
     let open = image.open(engine);
     process.ask(Request::Activate { open, stamp }, Some(image))
@@ -127,7 +127,7 @@ fn two_are_never_active_at_once() {
 }
 
 /// Changes an image as another process would.
-fn write_since(image: &Image, before: Stamp) {
+fn write_since(image: &Image, before: ImageStamp) {
     // The file system's clock is coarse.
     loop {
         image.0.as_file().write_all_at(b"other", 4096).unwrap();
@@ -238,7 +238,10 @@ fn inactive_disk_is_paused_closed_and_replaced() {
 fn alone(process: &mut Process, question: Request, fd: impl AsFd) -> Result<Reply, Failure> {
     let refuse_it = |channel: &mut Channel| {
         let asked = needs(channel, 0);
-        assert!(matches!(asked[0].what, Needed::State { .. }), "{asked:?}");
+        assert!(
+            matches!(asked[0].what, RequestedFile::State { .. }),
+            "{asked:?}"
+        );
         refuse(channel, asked[0].number);
     };
     process.ask_and_give(question, fd.as_fd(), refuse_it)

@@ -4,7 +4,7 @@
 use crate::common::{Image, Process, SECTORS, SIZE};
 use control::stats::Stats;
 use control::tapdisk::{Engine, Open, Reply, Request, Rules, State};
-use control::{Code, Limits, Pace, Share, Used};
+use control::{Code, GroupRate, Limits, RateShare, ShareUsage};
 use ring::tap::shadow::Op;
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
@@ -111,16 +111,16 @@ fn pause_does_not_wait_for_a_limit() {
 }
 
 /// Returns a share of that many requests in a second at first, and another number afterwards.
-fn share(at_first: u32, time: Duration, after: u32) -> Share {
+fn share(at_first: u32, time: Duration, after: u32) -> RateShare {
     let pace = |requests| {
-        Pace::of(&Limits {
+        GroupRate::of(&Limits {
             requests,
             ..Limits::default()
         })
     };
     let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
     let now = Duration::new(now.tv_sec.unsigned_abs(), now.tv_nsec.try_into().unwrap());
-    Share {
+    RateShare {
         pace: pace(at_first),
         until: now + time,
         after: pace(after),
@@ -129,7 +129,7 @@ fn share(at_first: u32, time: Duration, after: u32) -> Share {
     }
 }
 
-fn used(process: &mut Process, share: Share) -> Used {
+fn used(process: &mut Process, share: RateShare) -> ShareUsage {
     match process.ask(Request::Share(share), None) {
         Ok(Reply::Used(used)) => used,
         other => panic!("{other:?}"),

@@ -2,7 +2,7 @@
 //! Calls of a driver, their order, and when the guest gets the answers.
 
 use control::stats::Stats;
-use control::tapdisk::{Call, OnError, Rules, Trouble, Troubles as Told};
+use control::tapdisk::{Call, IoErrorReport as Told, OnError, Rules, Trouble};
 use control::Failure;
 use diskio::{Bytes, Data, Errno, Runtime};
 use drivers::{Attributes, Disk, DiskInfo, Driver, DriverLimits, Fence};
@@ -14,7 +14,7 @@ use std::rc::Rc;
 use std::task::{Poll, Waker};
 use tapdev::fake::FakeTap;
 use tapdev::{Params, Tap};
-use tapdisk::{Server, Terms};
+use tapdisk::{ServeConfig, Server};
 
 const SHAPE: DiskInfo = DiskInfo {
     size: 1 << 20,
@@ -113,7 +113,7 @@ struct Lab {
     runtime: Runtime,
     fake: FakeTap,
     tap: Rc<Tap>,
-    terms: Terms,
+    terms: ServeConfig,
     server: Rc<Server>,
     driver: RecordingDriver,
 }
@@ -129,25 +129,25 @@ fn rules(on_no_space: OnError, on_error: OnError) -> Rc<Cell<Rules>> {
 
 impl Lab {
     fn new() -> Self {
-        Self::with(Terms::default())
+        Self::with(ServeConfig::default())
     }
 
     /// The storage is full, and the disk waits for room.
     fn full() -> Self {
-        let lab = Self::with(Terms {
+        let lab = Self::with(ServeConfig {
             rules: rules(OnError::Stop, OnError::Report),
-            ..Terms::default()
+            ..ServeConfig::default()
         });
         lab.driver.0.write_fails.set(Some(Errno::NOSPC));
         lab
     }
 
-    fn with(terms: Terms) -> Self {
+    fn with(terms: ServeConfig) -> Self {
         Self::on(FakeTap::new(8).unwrap(), RecordingDriver::default(), terms)
     }
 
     /// A process that serves this node with this driver.
-    fn on(fake: FakeTap, driver: RecordingDriver, terms: Terms) -> Self {
+    fn on(fake: FakeTap, driver: RecordingDriver, terms: ServeConfig) -> Self {
         let runtime = Runtime::new();
         let tap = Rc::new(Tap::open(fake.open().unwrap()).unwrap());
         tap.describe(&Params {
@@ -176,7 +176,7 @@ impl Lab {
         runtime: &Runtime,
         tap: &Rc<Tap>,
         driver: &RecordingDriver,
-        terms: &Terms,
+        terms: &ServeConfig,
     ) -> Rc<Server> {
         let disk = Disk::new(driver.clone());
         let its = disk.clone();
@@ -330,9 +330,9 @@ fn flush_that_failed_is_never_tried_again() {
             ),
             (PostedRequest { fua: true, ..write }, 2),
         ] {
-            let lab = Lab::with(Terms {
+            let lab = Lab::with(ServeConfig {
                 rules: rules(OnError::Stop, OnError::Stop),
-                ..Terms::default()
+                ..ServeConfig::default()
             });
             lab.driver.0.flush_fails.set(Some(error));
             lab.driver.allow(9);
@@ -367,7 +367,7 @@ fn durable_write_without_room_is_tried_again() {
 fn driver_that_writes_durably_is_not_flushed() {
     let driver = RecordingDriver::default();
     driver.0.heeds_fua.set(true);
-    let lab = Lab::on(FakeTap::new(8).unwrap(), driver, Terms::default());
+    let lab = Lab::on(FakeTap::new(8).unwrap(), driver, ServeConfig::default());
     lab.write(true, true);
     assert_eq!(
         lab.steps(2),
@@ -518,9 +518,9 @@ fn failure_is_told_and_what_is_not_possible_is_none() {
         (Errno::IO, OnError::Stop, 1, true),
         (Errno::OPNOTSUPP, OnError::Stop, 0, false),
     ] {
-        let lab = Lab::with(Terms {
+        let lab = Lab::with(ServeConfig {
             rules: rules(OnError::Report, policy),
-            ..Terms::default()
+            ..ServeConfig::default()
         });
         lab.driver.0.write_fails.set(Some(error));
         lab.write(false, false);
@@ -540,10 +540,10 @@ fn what_a_reservation_refuses_waits_and_is_never_told_the_guest() {
         ("a flush", true),
     ] {
         for is_reserved in [true, false] {
-            let mut lab = Lab::with(Terms {
+            let mut lab = Lab::with(ServeConfig {
                 rules: rules(OnError::Report, OnError::Report),
                 reserved: is_reserved,
-                ..Terms::default()
+                ..ServeConfig::default()
             });
             let fails = match flushes {
                 true => &lab.driver.0.flush_fails,
@@ -591,10 +591,10 @@ fn what_a_reservation_refuses_waits_and_is_never_told_the_guest() {
 /// Another host that takes the reservation ends requests under way, with any error.
 #[test]
 fn what_fails_on_a_disk_that_is_reserved_waits() {
-    let mut lab = Lab::with(Terms {
+    let mut lab = Lab::with(ServeConfig {
         rules: rules(OnError::Report, OnError::Report),
         reserved: true,
-        ..Terms::default()
+        ..ServeConfig::default()
     });
     lab.driver.0.write_fails.set(Some(Errno::IO));
     let tag = lab.write(false, false);

@@ -3,7 +3,7 @@
 
 use crate::common::guest::{Guest, Step};
 use crate::common::images::{answered, file, holds, steps, Folder, ServedImage, SIZE};
-use control::tapdisk::{Disk, Needed, Reply, Request};
+use control::tapdisk::{Disk, Reply, Request, RequestedFile};
 use control::Code;
 use ring::response::ResponseStatus as Answer;
 use ring::tap::shadow::Op;
@@ -45,7 +45,7 @@ fn disk_goes_on_over_what_was_served() {
         "{reply:?}"
     );
     let path = folder.path("base.img");
-    assert_eq!(asked, [Needed::Parent { path }]);
+    assert_eq!(asked, [RequestedFile::Parent { path }]);
     assert_eq!(fake.answer(waits, 0).expect("an answer").0, Answer::Okay);
     let read = answered(&fake, Op::Read, 0, &[0; 1024]);
     assert_eq!(read, [[7; 512], [8; 512]].concat());
@@ -137,7 +137,7 @@ fn goes_on(test: &str, base: (&'static str, &str), chain: &[(&'static str, &str)
             "{reply:?}"
         );
         let path = served.path;
-        assert_eq!(asked[0], Needed::Parent { path });
+        assert_eq!(asked[0], RequestedFile::Parent { path });
         for step in steps.by_ref().take(20) {
             guest.send(step);
         }

@@ -710,8 +710,8 @@ fn with_a_limit_the_kernel_does_nothing() {
         requests: 100,
         ..control::Limits::default()
     };
-    let pace = control::Pace::of(&limits);
-    let share = control::Share {
+    let pace = control::GroupRate::of(&limits);
+    let share = control::RateShare {
         pace,
         until: std::time::Duration::ZERO,
         after: pace,

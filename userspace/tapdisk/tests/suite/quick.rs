@@ -12,7 +12,7 @@ use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use tapdev::fake::FakeTap;
 use tapdev::{Params, Tap};
-use tapdisk::{Server, Terms};
+use tapdisk::{ServeConfig, Server};
 
 use crate::common::{shape, SECTORS, SIZE};
 
@@ -61,7 +61,7 @@ impl Driver for CountedFile {
 struct Lab {
     runtime: Runtime,
     fake: FakeTap,
-    terms: Terms,
+    terms: ServeConfig,
     server: Rc<Server>,
     file: CountedFile,
 }
@@ -98,7 +98,7 @@ impl Lab {
         })
         .unwrap();
         tap.start(tapdev::Fence::Local).unwrap();
-        let terms = Terms::default();
+        let terms = ServeConfig::default();
         let disk = Disk::new(file.clone());
         let its = disk.clone();
         let active = runtime.block_on(async move { its.activate().await });

@@ -6,7 +6,7 @@ use crate::common::guest::{Guest, Step};
 use crate::common::images::{answered, file, steps, Folder, ServedImage, SIZE};
 use crate::common::{give_or_refuse, Process, LIMIT};
 use control::stats::{Stream, Streaming};
-use control::tapdisk::{Call, Needed, Open, Provided, Reply, Request};
+use control::tapdisk::{Call, FdGrant, Open, Reply, Request, RequestedFile};
 use control::{Channel, Code, Failure};
 use diskio::{Bytes, Data, Errno};
 use drivers::{Attributes, Content, Disk, DiskInfo, Driver, DriverLimits, Extent, Fence};
@@ -349,11 +349,11 @@ fn give_unreadable(channel: &mut Channel) {
         for need in needs {
             known = need.number;
             let fd = match &need.what {
-                Needed::Parent { path } => Some(unreadable(path)),
+                RequestedFile::Parent { path } => Some(unreadable(path)),
                 _ => None,
             };
             let is_last = fd.is_some();
-            give_or_refuse(channel, need.number, fd, Provided::Shared);
+            give_or_refuse(channel, need.number, fd, FdGrant::Shared);
             if is_last {
                 return;
             }

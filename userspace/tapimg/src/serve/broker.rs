@@ -5,8 +5,8 @@
 //! anything. So a file is given only if it is beside the image, or if the user has allowed it.
 
 use crate::open::{open_file, Use};
-use control::tapdisk::{Needed, Open, Provided, Reply, Request};
-use control::{open_named, Channel, Code, Failure, Secrecy};
+use control::tapdisk::{FdGrant, Open, Reply, Request, RequestedFile};
+use control::{open_named, Channel, Code, Failure, FileSecrecy};
 use std::fs;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
@@ -90,7 +90,7 @@ impl FileBroker {
                 known = known.max(need.number);
                 let (fd, provided) = match self.provide(&need.what) {
                     Ok(given) => given,
-                    Err(failure) => (None, Provided::Refused(failure)),
+                    Err(failure) => (None, FdGrant::Refused(failure)),
                 };
                 let question = Request::Provide {
                     number: need.number,
@@ -103,32 +103,32 @@ impl FileBroker {
         }
     }
 
-    fn provide(&self, what: &Needed) -> Result<(Option<OwnedFd>, Provided), Failure> {
+    fn provide(&self, what: &RequestedFile) -> Result<(Option<OwnedFd>, FdGrant), Failure> {
         let target = &self.open.target;
         let file = match what {
-            Needed::Parent { path } => {
+            RequestedFile::Parent { path } => {
                 let path = self.admit(path, "a backing image")?;
                 let is_direct = !target.caches_below();
                 return Ok((
                     Some(open_file(&path, Use::Read, is_direct)?.into()),
-                    Provided::Locked,
+                    FdGrant::Locked,
                 ));
             }
-            Needed::Extent { path } => {
+            RequestedFile::Extent { path } => {
                 let path = self.admit(path, "a part of it")?;
                 let file = open_file(&path, self.how(), target.driver().is_direct())?;
-                return Ok((Some(file.into()), Provided::Locked));
+                return Ok((Some(file.into()), FdGrant::Locked));
             }
-            Needed::Key { target: asked } if asked == target => {
+            RequestedFile::Key { target: asked } if asked == target => {
                 let key = target.key().ok_or_else(|| refused("a key"))?;
-                open_named(key, "key", Secrecy::Secret)?
+                open_named(key, "key", FileSecrecy::Secret)?
             }
             // Counters for the next process, which there is none of.
-            Needed::State { size } => memory(*size)?,
-            Needed::Marks => return Ok((None, Provided::Marks(Vec::new()))),
+            RequestedFile::State { size } => memory(*size)?,
+            RequestedFile::Marks => return Ok((None, FdGrant::Marks(Vec::new()))),
             _ => return Err(refused("something")),
         };
-        Ok((Some(file), Provided::Shared))
+        Ok((Some(file), FdGrant::Shared))
     }
 
     /// Returns where a file is that the image names, if it may be used.

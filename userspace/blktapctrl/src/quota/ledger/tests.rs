@@ -3,7 +3,7 @@
 
 use super::super::jitter::QuotaRng;
 use super::{Ledger, SETTLED, SILENT};
-use control::{Limits, Pace, Share, Used};
+use control::{GroupRate, Limits, RateShare, ShareUsage};
 use std::time::Duration;
 
 const TICK: Duration = Duration::from_millis(10);
@@ -17,10 +17,10 @@ const MUCH: u64 = u64::MAX;
 /// A question that is on its way, or the answer.
 struct Post {
     number: u64,
-    share: Share,
+    share: RateShare,
     arrives: Duration,
     /// Nothing if it has not arrived.
-    answer: Option<(Used, Duration)>,
+    answer: Option<(ShareUsage, Duration)>,
 }
 
 /// A disk, and its process.
@@ -28,8 +28,8 @@ struct LedgerDisk {
     minor: u32,
     pid: u32,
     asks: u64,
-    believes: Option<Share>,
-    used: Used,
+    believes: Option<RateShare>,
+    used: ShareUsage,
     hangs: bool,
     /// When it hung last.
     hung: Duration,
@@ -42,14 +42,14 @@ struct LedgerDisk {
 impl LedgerDisk {
     /// Bytes that its process may do in a second now.
     fn pace(&self, now: Duration) -> u64 {
-        let pace = |share: Share| share.pace_at(now).bytes.expect("a pace");
+        let pace = |share: RateShare| share.pace_at(now).bytes.expect("a pace");
         match self.hangs {
             true => 0,
             false => self.believes.map_or(0, pace),
         }
     }
 
-    fn hear(&mut self, share: Share) {
+    fn hear(&mut self, share: RateShare) {
         if self.believes.is_none_or(|known| known.until <= share.until) {
             self.believes = Some(share);
         }
@@ -104,7 +104,7 @@ impl LedgerHost {
             pid: 0,
             asks: NOTHING,
             believes: None,
-            used: Used::default(),
+            used: ShareUsage::default(),
             hangs: false,
             hung: Duration::ZERO,
             post: None,
@@ -127,7 +127,7 @@ impl LedgerHost {
         self.pids += 1;
         let arrives = self.now + self.chance.ms(self.late * 5 + 1);
         let disk = &mut self.disks[index];
-        (disk.pid, disk.believes, disk.used) = (self.pids, None, Used::default());
+        (disk.pid, disk.believes, disk.used) = (self.pids, None, ShareUsage::default());
         disk.hangs = false;
         let (number, share) = self.ledger.share(disk.minor, disk.pid, self.now);
         disk.post = Some(Post {
@@ -234,8 +234,9 @@ impl LedgerHost {
     fn is_agreed(&self) -> bool {
         let equal = ALL / self.disks.len() as u64;
         let agrees = |disk: &LedgerDisk| {
-            let is_known =
-                |share: Share| share.after.bytes == Some(equal) && self.now + SECOND < share.until;
+            let is_known = |share: RateShare| {
+                share.after.bytes == Some(equal) && self.now + SECOND < share.until
+            };
             disk.hung + SECOND * 5 < self.now && disk.believes.is_some_and(is_known)
         };
         self.disks.iter().all(agrees)
@@ -406,16 +407,16 @@ fn a_disk_has_no_more_than_its_own_limit() {
     assert!(ledger.keep(&[(0, limits(1 << 20)), (1, Limits::default())]));
     assert!(!ledger.keep(&[(0, limits(1 << 20)), (1, Limits::default())]));
     let now = Duration::from_secs(7);
-    let lacks = Used {
+    let lacks = ShareUsage {
         lacks_bytes: true,
-        ..Used::default()
+        ..ShareUsage::default()
     };
     for minor in [0, 1] {
         let (number, _) = ledger.share(minor, minor + 10, now);
         ledger.answered(minor, minor + 10, number, lacks, now);
     }
     let (_, share) = ledger.share(0, 10, now);
-    let pace = |bytes| Pace {
+    let pace = |bytes| GroupRate {
         bytes: Some(bytes),
         milli_requests: None,
     };

@@ -2,7 +2,7 @@
 //! Requests of the process that fakes a tapdisk to its supervisor.
 
 use super::{note, put};
-use control::tapdisk::{Need, Needed, Provided, Reply};
+use control::tapdisk::{FdGrant, FdRequest, Reply, RequestedFile};
 use control::Failure;
 use rustix::fs::{fcntl_getfl, fcntl_setfl, OFlags};
 use std::io::{self, Read};
@@ -11,7 +11,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::{Condvar, Mutex};
 
-type NeedAnswer = (Provided, Vec<OwnedFd>);
+type NeedAnswer = (FdGrant, Vec<OwnedFd>);
 
 /// Its requests to its supervisor.
 #[derive(Default)]
@@ -22,7 +22,7 @@ pub(super) struct FakeNeeds {
 
 #[derive(Default)]
 struct NeedQuestion {
-    open: Vec<Need>,
+    open: Vec<FdRequest>,
     answered: Vec<(u64, NeedAnswer)>,
     last: u64,
 }
@@ -32,14 +32,14 @@ impl FakeNeeds {
     pub(super) fn ask_all(&self, dir: &Path, list: &str) -> Result<(), Failure> {
         let text = std::fs::read_to_string(dir.join(list)).unwrap_or_default();
         for line in text.lines() {
-            let what: Needed = serde_json::from_str(line).expect("something to ask for");
+            let what: RequestedFile = serde_json::from_str(line).expect("something to ask for");
             let (provided, mut fds) = self.ask(what.clone());
             match provided {
-                Provided::Refused(failure) => {
+                FdGrant::Refused(failure) => {
                     note(dir, &format!("refused {failure}"));
                     return Err(failure);
                 }
-                Provided::Marks(_) | Provided::Changed(_) => {
+                FdGrant::Marks(_) | FdGrant::Changed(_) => {
                     assert!(fds.is_empty(), "nothing comes along");
                     let told = serde_json::to_string(&provided).expect("json");
                     note(dir, &format!("told {told}"));
@@ -50,11 +50,11 @@ impl FakeNeeds {
         Ok(())
     }
 
-    pub(super) fn ask(&self, what: Needed) -> NeedAnswer {
+    pub(super) fn ask(&self, what: RequestedFile) -> NeedAnswer {
         let mut state = self.asked.lock().expect("nobody panics");
         state.last += 1;
         let number = state.last;
-        state.open.push(Need { number, what });
+        state.open.push(FdRequest { number, what });
         self.changed.notify_all();
         loop {
             let place = state
@@ -72,7 +72,7 @@ impl FakeNeeds {
         let mut state = self.asked.lock().expect("nobody panics");
         loop {
             let new = state.open.iter().filter(|need| need.number > after);
-            let needs: Vec<Need> = new.cloned().collect();
+            let needs: Vec<FdRequest> = new.cloned().collect();
             if !needs.is_empty() {
                 return Reply::Needs { needs };
             }
@@ -80,7 +80,7 @@ impl FakeNeeds {
         }
     }
 
-    pub(super) fn provide(&self, number: u64, provided: Provided, fds: Vec<OwnedFd>) {
+    pub(super) fn provide(&self, number: u64, provided: FdGrant, fds: Vec<OwnedFd>) {
         let mut state = self.asked.lock().expect("nobody panics");
         state.open.retain(|need| need.number != number);
         state.answered.push((number, (provided, fds)));
@@ -89,15 +89,15 @@ impl FakeNeeds {
 }
 
 /// Uses what was given.
-pub(super) fn given(dir: &Path, what: &Needed, provided: &Provided, fd: OwnedFd) {
+pub(super) fn given(dir: &Path, what: &RequestedFile, provided: &FdGrant, fd: OwnedFd) {
     match what {
-        Needed::Socket { .. } | Needed::Server { .. } => {
+        RequestedFile::Socket { .. } | RequestedFile::Server { .. } => {
             let stream = UnixStream::from(fd);
             stream.set_nonblocking(false).expect("a socket");
             io::Write::write_all(&mut &stream, b"hello").expect("a server");
             note(dir, "connected");
         }
-        Needed::State { size } => {
+        RequestedFile::State { size } => {
             let mut memory = std::fs::File::from(fd);
             assert!(memory.set_len(size + 1).is_err(), "it can be made larger");
             let mut text = String::new();
@@ -110,7 +110,7 @@ pub(super) fn given(dir: &Path, what: &Needed, provided: &Provided, fd: OwnedFd)
             std::mem::forget(memory);
         }
         _ => {
-            if matches!(what, Needed::Parent { .. }) {
+            if matches!(what, RequestedFile::Parent { .. }) {
                 let direct = fcntl_getfl(&fd).expect("flags").contains(OFlags::DIRECT);
                 let how = if direct { "direct" } else { "cached" };
                 put(dir.join("below"), how);

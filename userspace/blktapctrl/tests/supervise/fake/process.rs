@@ -4,7 +4,7 @@
 use super::fd_broker::FakeNeeds;
 use super::note;
 use super::served::ServedProcess;
-use control::tapdisk::{Reply, Request, Troubles};
+use control::tapdisk::{IoErrorReport, Reply, Request};
 use control::Channel;
 use std::io;
 use std::os::fd::AsFd;
@@ -146,7 +146,7 @@ fn converse(dir: &Path, mut channel: Channel, served: &Mutex<ServedProcess>, nee
 
 fn no_news(troubles: bool) -> Reply {
     match troubles {
-        true => Reply::Troubles(Troubles {
+        true => Reply::Troubles(IoErrorReport {
             count: 0,
             last: None,
             is_stopped: false,
@@ -156,11 +156,11 @@ fn no_news(troubles: bool) -> Reply {
 }
 
 /// Returns the content of the file `troubles`, as soon as that is news.
-fn troubles(dir: &Path, after: Option<u64>) -> Troubles {
+fn troubles(dir: &Path, after: Option<u64>) -> IoErrorReport {
     loop {
         let text = std::fs::read(dir.join("troubles")).unwrap_or_default();
-        let found: Option<Troubles> = serde_json::from_slice(&text).ok();
-        let none = Troubles {
+        let found: Option<IoErrorReport> = serde_json::from_slice(&text).ok();
+        let none = IoErrorReport {
             count: 0,
             last: None,
             is_stopped: false,

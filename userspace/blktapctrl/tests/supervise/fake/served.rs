@@ -6,16 +6,16 @@ use super::process::wait_while;
 use super::{note, put};
 use control::stats::{Mirror, Mirroring, Stats, Stream, Streaming};
 use control::tapdisk::{
-    Disk, Engine, Needed, Open, Provided, Reply, Request, Stamp, State, Status,
+    Disk, Engine, FdGrant, ImageStamp, Open, Reply, Request, RequestedFile, State, Status,
 };
-use control::{Code, Failure, Share, Target, Used};
+use control::{Code, Failure, RateShare, ShareUsage, Target};
 use std::io::Read;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
 /// How every image is left.
-const STAMP: Stamp = Stamp {
+const STAMP: ImageStamp = ImageStamp {
     size: 1,
     modified_s: 2,
     modified_ns: 3,
@@ -36,7 +36,7 @@ pub(super) struct ServedProcess {
     /// The image was the same when both were closed.
     was_same: bool,
     /// Its share of its group.
-    share: Option<Share>,
+    share: Option<RateShare>,
 }
 
 /// Continues a trace.
@@ -195,7 +195,7 @@ impl ServedProcess {
                 wait_while(&dir.join("slow-overlay"));
                 let (_, fd) = text(fds.remove(0));
                 let path = |target: &Target| target.path().expect("a path").to_path_buf();
-                let parent = serde_json::to_string(&Needed::Parent {
+                let parent = serde_json::to_string(&RequestedFile::Parent {
                     path: path(&open.target),
                 });
                 // It names its parent, and whoever opens it asks for that.
@@ -314,11 +314,11 @@ impl ServedProcess {
             Request::Share(share) => {
                 self.share(dir, Some(share));
                 wait_while(&self.file(dir, "hangs"));
-                Ok(Reply::Used(Used {
+                Ok(Reply::Used(ShareUsage {
                     came: self.came(dir),
                     // It would do more.
                     lacks_bytes: self.file(dir, "lacks").exists(),
-                    ..Used::default()
+                    ..ShareUsage::default()
                 }))
             }
             Request::Troubles { .. }
@@ -344,7 +344,7 @@ impl ServedProcess {
     }
 
     /// The file `share-MINOR` says what it has of its group.
-    fn share(&mut self, dir: &Path, share: Option<Share>) {
+    fn share(&mut self, dir: &Path, share: Option<RateShare>) {
         self.share = share;
         let (path, text) = (self.file(dir, "share"), serde_json::to_string(&share));
         put(path, text.expect("json"));
@@ -394,9 +394,9 @@ impl ServedProcess {
         // An image that was made over another one.
         let named = content.as_ref().map(|(text, _)| serde_json::from_str(text));
         if let Some(Ok(what)) = named {
-            let what: Needed = what;
+            let what: RequestedFile = what;
             match needs.ask(what.clone()) {
-                (Provided::Refused(failure), _) => {
+                (FdGrant::Refused(failure), _) => {
                     note(dir, &format!("refused {failure}"));
                     return Err(failure);
                 }
@@ -407,15 +407,15 @@ impl ServedProcess {
         }
         wait_while(&dir.join("hang"));
         if let Some(unit) = open.notes {
-            match needs.ask(Needed::Notes) {
-                (Provided::Refused(failure), _) => return Err(failure),
+            match needs.ask(RequestedFile::Notes) {
+                (FdGrant::Refused(failure), _) => return Err(failure),
                 (_, fds) => assert_eq!(fds.len(), 1),
             }
             note(dir, &format!("goes on noting {unit}"));
         }
         if open.trace {
-            match needs.ask(Needed::Trace) {
-                (Provided::Refused(failure), _) => {
+            match needs.ask(RequestedFile::Trace) {
+                (FdGrant::Refused(failure), _) => {
                     open.trace = false;
                     put(dir.join("untraced"), failure.message);
                 }

@@ -4,7 +4,7 @@
 
 use super::chance::Chance;
 use super::storage::{memory, reopen, Volatile};
-use control::tapdisk::{Engine, Needed, Open, Provided, Reply, Request};
+use control::tapdisk::{Engine, FdGrant, Open, Reply, Request, RequestedFile};
 use diskio::{Errno, Op, OperationFate, Runtime};
 use formats::{qcow2, vmdk};
 use std::cell::Cell;
@@ -55,16 +55,16 @@ async fn supervise(session: Rc<Session>, below: File, extent: Volatile) {
         for need in needs {
             known = known.max(need.number);
             let (provided, fd) = match need.what {
-                Needed::State { size } => {
+                RequestedFile::State { size } => {
                     let file = memory(&[]);
                     file.set_len(size).expect("memory");
-                    (Provided::Shared, reopen(file, true))
+                    (FdGrant::Shared, reopen(file, true))
                 }
-                Needed::Parent { path } if path.ends_with("base.vmdk") => {
-                    (Provided::Locked, reopen(&below, false))
+                RequestedFile::Parent { path } if path.ends_with("base.vmdk") => {
+                    (FdGrant::Locked, reopen(&below, false))
                 }
                 // Both users of the extent are this process.
-                _ => (Provided::Shared, extent.descriptor()),
+                _ => (FdGrant::Shared, extent.descriptor()),
             };
             let question = Request::Provide {
                 number: need.number,

@@ -6,10 +6,10 @@ use super::images::{DiskImages, StoredImage};
 use super::server::connect;
 use super::storage::{memory, reopen};
 use super::subject::SECRET;
-use control::tapdisk::{Needed, Provided, Reply, Request, State, Status};
+use control::tapdisk::{FdGrant, Reply, Request, RequestedFile, State, Status};
 use control::{Code, Failure};
 use diskio::Runtime;
-use drivers::nbd::Settle;
+use drivers::nbd::RetryTimes;
 use ring::tap::shadow::Op;
 use std::cell::RefCell;
 use std::future::poll_fn;
@@ -31,7 +31,7 @@ const FOREVER: u32 = 2_000_000;
 /// Bytes after which the driver of an export flushes by itself: two or three requests.
 const UNFLUSHED: usize = 12 << 10;
 /// The server of a test executes nothing late, and is back at once.
-const AT_ONCE: Settle = Settle {
+const AT_ONCE: RetryTimes = RetryTimes {
     closed: Duration::ZERO,
     given_up: Duration::ZERO,
     pauses: [Duration::ZERO; 2],
@@ -153,20 +153,24 @@ impl Life {
             for need in needs {
                 known = known.max(need.number);
                 let (provided, fd) = match need.what {
-                    Needed::State { size } => (Provided::Shared, Some(self.served().kept(size))),
-                    Needed::Parent { .. } => {
-                        let base = reopen(&self.0.images.base, false);
-                        (Provided::Locked, Some(base))
+                    RequestedFile::State { size } => {
+                        (FdGrant::Shared, Some(self.served().kept(size)))
                     }
-                    Needed::Server { .. } => {
+                    RequestedFile::Parent { .. } => {
+                        let base = reopen(&self.0.images.base, false);
+                        (FdGrant::Locked, Some(base))
+                    }
+                    RequestedFile::Server { .. } => {
                         let exported = self.0.images.exported().expect("an export");
                         let connection = connect(session.runtime(), &exported.storage);
-                        (Provided::Shared, Some(connection))
+                        (FdGrant::Shared, Some(connection))
                     }
-                    Needed::Key { .. } => (Provided::Shared, Some(reopen(memory(SECRET), false))),
+                    RequestedFile::Key { .. } => {
+                        (FdGrant::Shared, Some(reopen(memory(SECRET), false)))
+                    }
                     _ => {
                         let why = Failure::new(Code::Denied, "it is not for a test");
-                        (Provided::Refused(why), None)
+                        (FdGrant::Refused(why), None)
                     }
                 };
                 let question = Request::Provide {
