@@ -244,9 +244,10 @@ impl FrozenDevices {
     }
 
     fn write(&self, file: &Path, frozen: &FrozenDevice) -> io::Result<()> {
+        // Readable for all, because a user other than root may run tapimg.
         let made = DirBuilder::new()
             .recursive(true)
-            .mode(0o700)
+            .mode(0o755)
             .create(&self.folder);
         made?;
         let beside = file.with_extension("new");
@@ -254,7 +255,7 @@ impl FrozenDevices {
             .create(true)
             .write(true)
             .truncate(true)
-            .mode(0o600)
+            .mode(0o644)
             .open(&beside)?;
         let mut text = serde_json::to_vec_pretty(frozen)?;
         text.push(b'\n');

@@ -41,7 +41,7 @@ fn a_device_has_its_record_under_each_name_until_that_is_removed() {
             let found = find(&records, path).expect("its record");
             assert_eq!(found.device.instead, "qcow2:/srv/a.qcow2");
             let rights = fs::metadata(&found.file).expect("a file").permissions();
-            assert_eq!(rights.mode() & 0o777, 0o600);
+            assert_eq!(rights.mode() & 0o022, 0);
             let said = found.refusal(path);
             assert_eq!(said.code, Code::Denied);
             for word in [path, &found.file, Path::new("qcow2:/srv/a.qcow2")] {
