@@ -69,7 +69,11 @@ const PAGES: &[(&str, &str, &[PrintedType])] = &[
                 "userspace/tap-ctl/src/handoff.rs",
                 "Summary",
             ),
-            ("`tap-ctl lease show`", "userspace/lease/src/lib.rs", "LeaseView"),
+            (
+                "`tap-ctl lease show`",
+                "userspace/lease/src/lib.rs",
+                "LeaseView",
+            ),
         ],
     ),
     (
