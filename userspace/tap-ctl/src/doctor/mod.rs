@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! `tap-ctl doctor`: whether a host has what serving disks needs.
 
+mod configurations;
 mod driver;
 mod initramfs;
 mod signature;
@@ -143,6 +144,7 @@ fn report(
     if driver::is_ours(host) {
         findings.extend(system::tap(host));
         findings.push(system::supervisor(supervisor()));
+        findings.extend(configurations::look(host));
     } else {
         findings.push(ok(
             "tap disks",

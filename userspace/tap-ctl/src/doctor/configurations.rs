@@ -1,0 +1,238 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Configurations of guests, in files and in xl's copies, that name an image which `tap-ctl snapshot` or `mirror` has frozen.
+//! Such a guest keeps running, and does not start again.
+
+use super::{warn, Finding};
+use crate::host::Host;
+use control::{Failure, FrozenDevices, Target};
+use serde_json::Value;
+use std::fs;
+use std::io::ErrorKind;
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::mpsc;
+use std::thread;
+use std::time::Duration;
+
+/// Folder of configurations.
+const CONFIGURATIONS: &str = "/etc/xen";
+/// Folder with the copies that xl starts a guest from when it reboots.
+const COPIES: &str = "/var/lib/xen";
+/// Bytes of the largest file that is taken for a configuration.
+const LARGEST: u64 = 1 << 20;
+/// Time that a file system gets to say what an image is. One that hangs must not hide the other findings.
+const PATIENCE: Duration = Duration::from_secs(3);
+/// Words of a disk that its guest only reads.
+const READ_ONLY: &[&str] = &["r", "ro", "access=r", "access=ro", "mode=r"];
+
+/// A disk of a configuration that its guest writes.
+struct ConfiguredDisk {
+    /// Image of the disk.
+    path: PathBuf,
+    /// Its file, and what to do about it.
+    source: PathBuf,
+    remedy: &'static str,
+}
+
+/// Finds disks whose images are frozen.
+pub(super) fn look(host: &Host) -> Vec<Finding> {
+    let mut disks = in_files(host);
+    disks.extend(in_copies(host));
+    disks.iter().filter_map(|disk| judge(host, disk)).collect()
+}
+
+fn judge(host: &Host, disk: &ConfiguredDisk) -> Option<Finding> {
+    let (path, source) = (disk.path.display(), disk.source.display());
+    let allow = match frozen(host, &disk.path) {
+        Ok(allow) => allow?,
+        Err(failure) => {
+            host.note(&disk.path, failure);
+            return None;
+        }
+    };
+    Some(warn(
+        "configurations",
+        format!("{source} starts a guest from {path}, which is frozen below a newer image: that guest would not start"),
+        format!("{}; or, if nothing needs {path} any more, {allow}", disk.remedy),
+    ))
+}
+
+/// Returns the command that allows writing an image, if it is frozen.
+fn frozen(host: &Host, path: &Path) -> Result<Option<String>, Failure> {
+    let (place, records) = (
+        host.path(path),
+        host.path(FrozenDevices::of_host().folder()),
+    );
+    let (name, (sender, receiver)) = (path.to_owned(), mpsc::channel());
+    thread::spawn(move || {
+        // The other end may have given up.
+        let _ = sender.send(look_at(&name, &place, &FrozenDevices::at(records)));
+    });
+    receiver.recv_timeout(PATIENCE).unwrap_or_else(|_| {
+        let why = "its file system does not answer";
+        Err(Failure::new(control::Code::Timeout, why))
+    })
+}
+
+fn look_at(path: &Path, place: &Path, records: &FrozenDevices) -> Result<Option<String>, Failure> {
+    let data = match fs::metadata(place) {
+        // A guest whose image is gone has another problem.
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+        data => data.map_err(|error| Failure::system("cannot look at it", &error))?,
+    };
+    if data.file_type().is_block_device() {
+        let record = records.find(path, place, drop)?;
+        return Ok(record.map(|record| format!("`rm {}`", record.file.display())));
+    }
+    let is_frozen = data.is_file() && data.permissions().mode() & 0o222 == 0;
+    Ok(is_frozen.then(|| format!("`chmod u+w {}`", path.display())))
+}
+
+/// The disks of the files in which administrators write configurations.
+fn in_files(host: &Host) -> Vec<ConfiguredDisk> {
+    let mut disks = Vec::new();
+    let folder = host.path(CONFIGURATIONS);
+    for name in host.names(&folder) {
+        let file = folder.join(&name);
+        let is_small = |data: &fs::Metadata| data.is_file() && data.len() <= LARGEST;
+        if !fs::metadata(&file).is_ok_and(|data| is_small(&data)) {
+            continue;
+        }
+        let text = host.optional(&file).unwrap_or_default();
+        let lines = text
+            .lines()
+            .map(|line| line.split('#').next().unwrap_or(line));
+        let paths = lines
+            .flat_map(|line| line.split(['\'', '"']))
+            .filter_map(written_by);
+        disks.extend(paths.map(|path| ConfiguredDisk {
+            path,
+            source: Path::new(CONFIGURATIONS).join(&name),
+            remedy: "name the newer image there (`tap-ctl list` shows it while the guest runs)",
+        }));
+    }
+    disks
+}
+
+/// Returns the image of a disk as xl's configurations describe it, if it is a tap disk that its guest writes.
+fn written_by(disk: &str) -> Option<PathBuf> {
+    let (options, target) = disk.split_once("target=")?;
+    let is_read = |words: &str| {
+        words
+            .split(',')
+            .any(|word| READ_ONLY.contains(&word.trim()))
+    };
+    if !disk.contains("block-tap-rs") || is_read(options) {
+        return None;
+    }
+    path_of(target)
+}
+
+fn path_of(target: &str) -> Option<PathBuf> {
+    let target: Target = target.trim().parse().ok()?;
+    target.path().map(Path::to_owned)
+}
+
+/// The disks of the copies that xl keeps of the configurations of running guests.
+fn in_copies(host: &Host) -> Vec<ConfiguredDisk> {
+    let mut disks = Vec::new();
+    let folder = host.path(COPIES);
+    let is_copy = |name: &String| name.starts_with("userdata-d.") && name.ends_with(".libxl-json");
+    for name in host.names(&folder).into_iter().filter(is_copy) {
+        let Some(text) = host.optional(&folder.join(&name)) else {
+            continue;
+        };
+        // Another version of libxl may write something else.
+        let copy: Value = serde_json::from_str(&text).unwrap_or_default();
+        let all = copy["disks"].as_array().into_iter().flatten();
+        let tap = all.filter(|disk| {
+            disk["script"]
+                .as_str()
+                .is_some_and(|its| its.ends_with("block-tap-rs"))
+        });
+        let written = tap.filter(|disk| disk["readwrite"].as_u64() == Some(1));
+        let paths = written.filter_map(|disk| path_of(disk["pdev_path"].as_str()?));
+        disks.extend(paths.map(|path| ConfiguredDisk {
+            path,
+            source: Path::new(COPIES).join(&name),
+            remedy: "correct the guest's file, then `xl config-update GUEST FILE`",
+        }));
+    }
+    disks
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{look, Host};
+    use crate::host::made::Made;
+    use std::fs;
+    use std::os::unix::fs::PermissionsExt;
+
+    fn freeze(made: &Made, path: &str) {
+        made.file(path, "A");
+        let read_only = fs::Permissions::from_mode(0o440);
+        fs::set_permissions(made.host().path(path), read_only).expect("changed");
+    }
+
+    fn sources(host: &Host) -> Vec<String> {
+        let found = look(host).into_iter();
+        let begin = |what: String| what.split(" starts ").next().map(str::to_owned);
+        found.filter_map(|finding| begin(finding.what)).collect()
+    }
+
+    #[test]
+    fn a_guest_that_would_start_from_a_frozen_image_is_found() {
+        let made = Made::new();
+        freeze(&made, "/srv/a.img");
+        made.file("/srv/b.qcow2", "B");
+        let disk = |name: &str, words: &str, target: &str| {
+            let text = format!("name='x'\ndisk = [ 'phy:/dev/vg/c,xvdc,w',\n 'script=block-tap-rs,vdev=xvdb,{words}target={target}' ]\n");
+            made.file(&format!("/etc/xen/{name}"), &text);
+        };
+        disk("old.cfg", "", "direct=no,aio:/srv/a.img");
+        disk("new.cfg", "", "qcow2:/srv/b.qcow2");
+        disk("reads.cfg", "access=ro,", "aio:/srv/a.img");
+        disk("gone.cfg", "", "aio:/srv/gone.img");
+        disk("other.cfg", "", "nothing");
+        made.file(
+            "/etc/xen/note",
+            "#'script=block-tap-rs,vdev=xvdb,target=aio:/srv/a.img'",
+        );
+        let copy = |domain: u32, path: &str, writes: u32| {
+            let text = format!(
+                "{{\"disks\":[{{\"pdev_path\":\"{path}\",\"script\":\"block-tap-rs\",\"readwrite\":{writes}}}]}}"
+            );
+            made.file(
+                &format!("/var/lib/xen/userdata-d.{domain}.u.libxl-json"),
+                &text,
+            );
+        };
+        copy(1, "aio:/srv/a.img", 1);
+        copy(2, "qcow2:/srv/b.qcow2", 1);
+        copy(3, "aio:/srv/a.img", 0);
+        made.file("/var/lib/xen/userdata-d.4.u.libxl-json", "no JSON");
+        let host = made.host();
+        assert_eq!(
+            sources(&host),
+            ["/etc/xen/old.cfg", "/var/lib/xen/userdata-d.1.u.libxl-json"]
+        );
+        let remedies: Vec<String> = look(&host)
+            .into_iter()
+            .filter_map(|found| found.remedy)
+            .collect();
+        assert!(
+            remedies
+                .iter()
+                .all(|said| said.contains("`chmod u+w /srv/a.img`")),
+            "{remedies:?}"
+        );
+        assert_eq!(host.take_unread(), []);
+    }
+
+    #[test]
+    fn a_host_without_configurations_has_none_that_are_wrong() {
+        let made = Made::new();
+        assert_eq!(sources(&made.host()), [""; 0]);
+        assert_eq!(made.host().take_unread(), []);
+    }
+}
