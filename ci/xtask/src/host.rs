@@ -53,13 +53,14 @@ pub(crate) fn prepare() -> Result<()> {
 }
 
 /// References for the tests on the host: Xen's own headers and a compiler to read them, QEMU's tools for images, clients
-/// of NBD servers, and a tool that shows which pages of a file are in memory.
+/// of NBD servers, a backup program with a repository, and a tool that shows which pages of a file are in memory.
 const TEST_NEEDS: &[(&str, &str)] = &[
     ("/usr/bin/cc", "gcc"),
     ("/usr/include/xen/io/blkif.h", "libxen-dev"),
     ("/usr/bin/qemu-img", "qemu-utils"),
     ("/usr/bin/nbdinfo", "libnbd-bin"),
     ("/usr/bin/fio", "fio"),
+    ("/usr/bin/restic", "restic"),
     ("/usr/bin/fincore", "util-linux-extra"),
 ];
 

@@ -17,6 +17,19 @@ use std::time::{Duration, Instant};
 /// A folder on the file system of the build, which is gone afterwards.
 pub(crate) struct Bench(tempfile::TempDir);
 
+/// Whether a program is there, which answers the word `ask`. Says that the test, or a part of it, did not run without it.
+pub(crate) fn has_program(test: &str, program: &str, ask: &str) -> bool {
+    let known = Command::new(program)
+        .arg(ask)
+        .stdout(Stdio::null())
+        .status();
+    let is_there = known.is_ok_and(|status| status.success());
+    if !is_there {
+        println!("SKIP {test}: there is no {program}");
+    }
+    is_there
+}
+
 /// Output of a program, and its exit status.
 #[derive(Debug)]
 pub(crate) struct ProgramOutput {

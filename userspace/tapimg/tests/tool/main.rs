@@ -24,6 +24,7 @@ mod part;
 mod qemu;
 mod rebase;
 mod repair;
+mod repository;
 mod resize;
 mod sectors;
 mod serve;

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! A disk served to NBD clients: by hand where the bytes matter, and by the tools that people use.
 
-use crate::bench::{has_qemu, noise, qemu_name, Bench};
+use crate::bench::{has_program, has_qemu, noise, qemu_name, Bench};
 use crate::client::{RawClient, INVALID, NOT_PERMITTED};
 use rustix::process::{kill_process, Pid, Signal};
 use serde_json::Value;
 use std::io::{BufRead, BufReader, Read};
 use std::os::unix::fs::PermissionsExt;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
 /// Bytes of the disks.
@@ -401,17 +401,8 @@ fn tools_of_qemu_and_libnbd_can_use_it() {
     if !has_qemu("tools_of_qemu_and_libnbd_can_use_it") {
         return;
     }
-    let has = |program: &str| {
-        let known = Command::new(program)
-            .arg("--version")
-            .stdout(Stdio::null())
-            .status();
-        let is_there = known.is_ok_and(|status| status.success());
-        if !is_there {
-            println!("SKIP tools_of_qemu_and_libnbd_can_use_it: there is no {program}");
-        }
-        is_there
-    };
+    let test = "tools_of_qemu_and_libnbd_can_use_it";
+    let has = |program: &str| has_program(test, program, "--version");
     let [has_nbdinfo, has_nbdcopy, has_fio] = ["nbdinfo", "nbdcopy", "fio"].map(has);
     let bench = Bench::new();
     bench.sparse("raw", SIZE, &[(0, 64 << 10), (1 << 20, 128 << 10)], 1);
