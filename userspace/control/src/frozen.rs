@@ -11,7 +11,7 @@ use rustix::fs::{major, minor, stat, FileType, Stat};
 use serde::{Deserialize, Serialize};
 use std::fs::{self, DirBuilder, File};
 use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 /// The folder of the host.
@@ -60,6 +60,15 @@ impl FrozenRecord {
             ),
         )
     }
+}
+
+/// Reason why no tap disk may write an image.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ImageMark {
+    /// The image is a file without write permission.
+    Permission,
+    /// The image is a device with this record.
+    Record(FrozenRecord),
 }
 
 /// The records of a host. Its methods read and write files, so they may sleep for as long as that file system does.
@@ -154,6 +163,20 @@ impl FrozenDevices {
             }
         }
         Ok(None)
+    }
+
+    /// Returns the mark of an image, a file or a device, if it has one; `place` leads to it.
+    ///
+    /// # Errors
+    /// The image cannot be looked at, or see [`find`](Self::find).
+    pub fn mark(&self, path: &Path, place: &Path) -> Result<Option<ImageMark>, Failure> {
+        let data = fs::metadata(place).map_err(|error| unseen(path, &error))?;
+        if data.file_type().is_block_device() {
+            let record = self.find(path, place, drop)?;
+            return Ok(record.map(ImageMark::Record));
+        }
+        let is_marked = data.is_file() && data.permissions().mode() & 0o222 == 0;
+        Ok(is_marked.then_some(ImageMark::Permission))
     }
 
     /// Makes the record of a device durable; `instead` is the target that has newer writes. False if `device` leads to

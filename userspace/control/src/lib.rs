@@ -61,7 +61,7 @@ pub use changed::{Changed, Extent, Mark, MarkName, MAX_MARKS};
 pub use channel::Channel;
 pub use export::{Export, Listener};
 pub use failure::{Code, Failure};
-pub use frozen::{FrozenDevice, FrozenDevices, FrozenRecord};
+pub use frozen::{FrozenDevice, FrozenDevices, FrozenRecord, ImageMark};
 pub use group::{GroupName, GroupRate, InGroup, RateShare, ShareUsage, MILLI};
 pub use lease::{LeaseKind, SanlockResource};
 pub use limits::Limits;

@@ -11,10 +11,10 @@ use crate::host::Host;
 use crate::jobs::{self, JobState};
 use crate::{ask, Error};
 use control::supervisor::{Filter, MirrorTo, Reply, Request, Row};
-use control::{Code, Failure, FrozenDevices, Target};
+use control::{Code, Failure, FrozenDevices, ImageMark, Target};
 use std::fs;
 use std::io;
-use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -207,7 +207,7 @@ fn merge_unserved(tool: &CopyTool, disk: &JournalDisk) -> Result<(), Failure> {
     match overlay_state(&disk.overlay)? {
         OverlayState::Missing => return Ok(()),
         OverlayState::Merged => {}
-        OverlayState::Needed if is_marked(own)? => {
+        OverlayState::Needed if mark(own)?.is_some() => {
             tool.commit(&disk.overlay)?;
             // From here on it has nothing that the disk's own image lacks.
             change_mode(&disk.overlay, |mode| mode & !WRITABLE)?;
@@ -240,25 +240,17 @@ fn overlay_state(path: &Path) -> Result<OverlayState, Failure> {
     }
 }
 
-/// Whether blktapctrl has marked an image as one that is not written any more: a device by a record.
-fn is_marked(path: &Path) -> Result<bool, Failure> {
-    let data = fs::metadata(path).map_err(|error| looked(path, &error))?;
-    if data.file_type().is_block_device() {
-        let record = FrozenDevices::of_host().find(path, path, drop)?;
-        return Ok(record.is_some());
-    }
-    Ok(data.permissions().mode() & WRITABLE == 0)
+/// Returns the mark of an image that no disk may write, if blktapctrl has marked it.
+fn mark(path: &Path) -> Result<Option<ImageMark>, Failure> {
+    FrozenDevices::of_host().mark(path, path)
 }
 
 /// Allows writing an image again, which is the disk from now on.
 fn unmark(path: &Path) -> Result<(), Failure> {
-    if !is_marked(path)? {
-        return Ok(());
-    }
-    let data = fs::metadata(path).map_err(|error| looked(path, &error))?;
-    match data.file_type().is_block_device() {
-        true => FrozenDevices::of_host().remove(path, path),
-        false => change_mode(path, |mode| mode | 0o200),
+    match mark(path)? {
+        None => Ok(()),
+        Some(ImageMark::Record(_)) => FrozenDevices::of_host().remove(path, path),
+        Some(ImageMark::Permission) => change_mode(path, |mode| mode | 0o200),
     }
 }
 

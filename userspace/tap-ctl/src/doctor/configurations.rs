@@ -4,11 +4,9 @@
 
 use super::{warn, Finding};
 use crate::host::Host;
-use control::{Failure, FrozenDevices, Target};
+use control::{Code, Failure, FrozenDevices, ImageMark, Target};
 use serde_json::Value;
 use std::fs;
-use std::io::ErrorKind;
-use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc;
 use std::thread;
@@ -70,22 +68,20 @@ fn frozen(host: &Host, path: &Path) -> Result<Option<String>, Failure> {
     });
     receiver.recv_timeout(PATIENCE).unwrap_or_else(|_| {
         let why = "its file system does not answer";
-        Err(Failure::new(control::Code::Timeout, why))
+        Err(Failure::new(Code::Timeout, why))
     })
 }
 
 fn look_at(path: &Path, place: &Path, records: &FrozenDevices) -> Result<Option<String>, Failure> {
-    let data = match fs::metadata(place) {
+    let mark = match records.mark(path, place) {
         // A guest whose image is gone has another problem.
-        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
-        data => data.map_err(|error| Failure::system("cannot look at it", &error))?,
+        Err(failure) if failure.code == Code::NotFound => return Ok(None),
+        mark => mark?,
     };
-    if data.file_type().is_block_device() {
-        let record = records.find(path, place, drop)?;
-        return Ok(record.map(|record| format!("`rm {}`", record.file.display())));
-    }
-    let is_frozen = data.is_file() && data.permissions().mode() & 0o222 == 0;
-    Ok(is_frozen.then(|| format!("`chmod u+w {}`", path.display())))
+    Ok(mark.map(|mark| match mark {
+        ImageMark::Permission => format!("`chmod u+w {}`", path.display()),
+        ImageMark::Record(record) => format!("`rm {}`", record.file.display()),
+    }))
 }
 
 /// The disks of the files in which administrators write configurations.
