@@ -66,9 +66,7 @@ impl Lifecycle {
         if let Some(name) = &policy.group {
             self.check_group(name)?;
         }
-        let (image, pinned) = self.registry.image_for(&open).await?;
-        let admission = &self.admission;
-        admission.check_not_frozen(image.as_ref(), mode).await?;
+        let (image, pinned) = self.image_to_serve(&open, mode).await?;
         let mut record = Record::new(0, policy);
         record.identity = image.as_ref().map(|image| image.identity());
         record.born = image.as_ref().and_then(|image| image.born());

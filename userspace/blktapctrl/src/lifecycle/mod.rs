@@ -43,12 +43,13 @@ use crate::admission::Admission;
 use crate::disk::Disk;
 use crate::domains::{Domains, Xl};
 use crate::groups::Groups;
+use crate::image::Image;
 use crate::process::{Process, Program, OPEN, SOON};
 use crate::quota::Quota;
 use crate::record::DesiredState;
-use crate::registry::Registry;
+use crate::registry::{PinnedMemory, Registry};
 use ::lease::{Lease, LeaseClaim};
-use control::supervisor::PendingOperation;
+use control::supervisor::{Mode, PendingOperation};
 use control::tapdisk;
 use control::{Code, Failure, LeaseKind};
 use std::cell::{Cell, RefCell};
@@ -189,6 +190,22 @@ impl Lifecycle {
             let about = format!("disk {}: {doing} is not done: {failure}", disk.minor);
             Failure::new(failure.code, about)
         })
+    }
+
+    /// Finds the image that a disk is to be served from with this mode. Its memory stays as long as the second value.
+    ///
+    /// # Errors
+    /// There is no such image, or no disk may write it.
+    async fn image_to_serve(
+        &self,
+        open: &tapdisk::Open,
+        mode: Mode,
+    ) -> Result<(Option<Arc<Image>>, Option<PinnedMemory>), Failure> {
+        let found = self.registry.image_for(open).await?;
+        self.admission
+            .check_not_frozen(found.0.as_ref(), mode)
+            .await?;
+        Ok(found)
     }
 
     /// Makes way for another verb than the one that has begun, if one has.

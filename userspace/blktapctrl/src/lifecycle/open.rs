@@ -44,9 +44,7 @@ impl Lifecycle {
         self.lose_marks(disk, why)?;
         self.lose_trace(disk, why)?;
         let open = with_mode(open, mode)?;
-        let (image, _pinned) = self.registry.image_for(&open).await?;
-        let admission = &self.admission;
-        admission.check_not_frozen(image.as_ref(), mode).await?;
+        let (image, _pinned) = self.image_to_serve(&open, mode).await?;
         let vbd = disk.record.borrow().vbd.clone();
         let work = |beside| {
             let open = beside_others(open, beside)?;

@@ -193,9 +193,7 @@ impl Lifecycle {
         open.target = target;
         open.may_shrink = may_shrink;
         let open = with_mode(open, mode)?;
-        let (image, _pinned) = self.registry.image_for(&open).await?;
-        let admission = &self.admission;
-        admission.check_not_frozen(image.as_ref(), mode).await?;
+        let (image, _pinned) = self.image_to_serve(&open, mode).await?;
         // Parts of the image that is served no more leave the record with it.
         if !disk.record.borrow().parts.is_empty() {
             disk.unless_doomed(self.end_paused(disk)).await?;

@@ -18,6 +18,7 @@ use control::supervisor::{Counted, Mode, PendingOperation, What, Which};
 use control::tapdisk::Open;
 use control::{Code, Failure};
 use named_memory::NamedMemories;
+pub use named_memory::PinnedMemory;
 pub(crate) use nodes::unmade;
 use std::cell::{OnceCell, RefCell};
 use std::collections::BTreeMap;
