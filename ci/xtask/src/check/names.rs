@@ -86,6 +86,22 @@ fn of_one_word<'d>(definitions: &'d Definitions<'_>) -> BTreeMap<&'d str, Vec<&'
     found
 }
 
+/// Complains of counts that are higher than what is left of `what`.
+fn fallen<'a>(
+    allowed: &'a AllowedCounts,
+    what: &'a str,
+    count: impl Fn(&str) -> usize + 'a,
+) -> impl Iterator<Item = String> + 'a {
+    allowed.iter().filter_map(move |(name, most)| {
+        let count = count(name);
+        (count < *most).then(|| {
+            format!(
+                "{name}: {count} {what} are left of {most}; run: cargo xtask check --lower-names"
+            )
+        })
+    })
+}
+
 /// Complains of crates with more names of one word than are allowed, and of counts that are too high.
 fn complaints_of_words(found: &BTreeMap<&str, Vec<&str>>, allowed: &AllowedCounts) -> Vec<String> {
     let mut complaints = Vec::new();
@@ -99,14 +115,9 @@ fn complaints_of_words(found: &BTreeMap<&str, Vec<&str>>, allowed: &AllowedCount
             ));
         }
     }
-    for (area, most) in allowed {
-        let count = found.get(area.as_str()).map_or(0, Vec::len);
-        if count < *most {
-            complaints.push(format!(
-                "{area}: {count} names of one word are left of {most}; run: cargo xtask check --lower-names"
-            ));
-        }
-    }
+    complaints.extend(fallen(allowed, "names of one word", |area| {
+        found.get(area).map_or(0, Vec::len)
+    }));
     let all: usize = found.values().map(Vec::len).sum();
     println!("        names: {all} types have names of one word");
     complaints
@@ -129,14 +140,7 @@ fn complaints(definitions: &Definitions<'_>, allowed: &AllowedCounts) -> Vec<Str
             complaints.extend(files.iter().map(|file| format!("    {file}")));
         }
     }
-    for (name, most) in allowed {
-        let count = types(definitions, name);
-        if count < *most {
-            complaints.push(format!(
-                "{name}: {count} types are left of {most}; run: cargo xtask check --lower-names"
-            ));
-        }
-    }
+    complaints.extend(fallen(allowed, "types", |name| types(definitions, name)));
     let shared = definitions.values().filter(|files| files.len() > MOST);
     println!(
         "        names: {} names are those of more than {MOST} types",
