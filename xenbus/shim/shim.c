@@ -306,14 +306,16 @@ void xbr_halt_while(const u32 *state, u32 halted)
 	local_irq_enable();
 }
 
-/* Interrupts a processor that another one has seen halted. */
+/* Interrupts a processor that another one has seen halted, which only those of x86 do. */
 void xbr_end_halt(unsigned int cpu)
 {
+#ifdef CONFIG_X86
 	preempt_disable();
 	/* None goes offline meanwhile. An interrupt of this processor has ended its halt already. */
 	if (cpu != smp_processor_id() && cpu_online(cpu))
 		smp_send_reschedule(cpu);
 	preempt_enable();
+#endif
 }
 
 unsigned long xbr_total_ram_pages(void)

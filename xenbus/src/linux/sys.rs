@@ -373,6 +373,8 @@ unsafe extern "C" {
     pub(super) fn xbr_kiocb_end_write(iocb: *mut bindings::kiocb);
     pub(super) fn xbr_noio_save() -> c_uint;
     pub(super) fn xbr_noio_restore(flags: c_uint);
+    // Elsewhere an inline function that reads this clock: all processors have one there.
+    #[cfg_attr(not(target_arch = "x86_64"), link_name = "sched_clock")]
     pub(super) fn local_clock() -> u64;
     pub(super) fn single_task_running() -> bool;
     pub(super) fn xbr_need_resched() -> c_int;
