@@ -6,6 +6,10 @@
 set -eu
 release=$1
 tree=$2
+case $release in
+*-arm64) arch=arm64 triple=aarch64-linux-gnu ;;
+*) arch=x86 triple=x86_64-linux-gnu ;;
+esac
 tarball=/usr/src/linux-source-$(echo "$release" | cut -d. -f1,2).tar.xz
 mkdir -p "$tree/source" "$tree/build"
 tar -C "$tree/source" --strip-components=1 -xf "$tarball"
@@ -13,8 +17,8 @@ cp "/usr/src/linux-headers-$release/.config" "$tree/build/.config"
 cat >"$tree/kmake" <<TEXT
 #!/bin/sh
 # make, as the stock kernel was made.
-exec make -C $tree/source O=$tree/build ARCH=x86 CROSS_COMPILE=x86_64-linux-gnu- \\
-	CC=x86_64-linux-gnu-gcc-14 HOSTCC=gcc-14 KERNELRELEASE=$release -j$(nproc) "\$@"
+exec make -C $tree/source O=$tree/build ARCH=$arch CROSS_COMPILE=$triple- \\
+	CC=$triple-gcc-14 HOSTCC=gcc-14 KERNELRELEASE=$release -j$(nproc) "\$@"
 TEXT
 chmod +x "$tree/kmake"
 "$tree/kmake" olddefconfig

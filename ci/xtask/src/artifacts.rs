@@ -15,7 +15,7 @@ const PACKAGE_PACKAGES: &str = include_str!("../../recipes/package-root.packages
 const DKMS_PACKAGES: &str = include_str!("../../recipes/dkms-root.packages");
 const DOM0_PACKAGES: &str = include_str!("../../recipes/dom0.packages");
 const KERNEL_HOOK: &str = include_str!("../../recipes/kernel-image.hook");
-const KERNEL_TREE: &str = include_str!("../../recipes/kernel-tree.sh");
+pub(crate) const KERNEL_TREE: &str = include_str!("../../recipes/kernel-tree.sh");
 const CHECKED_KERNEL: &str = include_str!("../../recipes/kernel-checked.sh");
 const CHECKED_CONFIG: &str = include_str!("../../recipes/kernel-checked.config");
 const INITRAMFS: &str = include_str!("../../recipes/initramfs.sh");
@@ -361,7 +361,7 @@ pub(crate) fn release(build_root: &Path) -> Result<String> {
         .to_string())
 }
 
-fn folder_name(path: &Path) -> Result<String> {
+pub(crate) fn folder_name(path: &Path) -> Result<String> {
     Ok(path
         .file_name()
         .context("an artefact has a name")?
@@ -375,8 +375,29 @@ fn with_kernel(dir: &Path, log: &Path, packages: &str, release: &str) -> Result<
     debian(dir, log, &packages, Some((KERNEL_HOOK, release)))
 }
 
+/// Makes a Debian tree like [`debian`], in which programs for arm64 can be built. `hook` gets that kernel's release.
+pub(crate) fn debian_for_arm64(
+    dir: &Path,
+    log: &Path,
+    packages: &str,
+    hook: Option<(&str, &str)>,
+) -> Result<()> {
+    let both = "--architectures=amd64,arm64";
+    debian_with(dir, log, packages, hook, &[both])
+}
+
 /// Makes a Debian tree of the target suite in `dir`. A hook gets the tree and a kernel's release.
 fn debian(dir: &Path, log: &Path, packages: &str, hook: Option<(&str, &str)>) -> Result<()> {
+    debian_with(dir, log, packages, hook, &[])
+}
+
+fn debian_with(
+    dir: &Path,
+    log: &Path,
+    packages: &str,
+    hook: Option<(&str, &str)>,
+    options: &[&str],
+) -> Result<()> {
     let sources = dir.with_extension("list");
     fs::write(&sources, host::sources()?)?;
     let packages: Vec<&str> = packages
@@ -386,6 +407,7 @@ fn debian(dir: &Path, log: &Path, packages: &str, hook: Option<(&str, &str)>) ->
         .collect();
     let mut command = Command::new("mmdebstrap");
     command.args(["--variant=minbase", "--aptopt=Acquire::Languages \"none\""]);
+    command.args(options);
     command.arg(format!("--include={}", packages.join(",")));
     if let Some((text, release)) = hook {
         let file = dir.with_extension("hook");

@@ -132,11 +132,17 @@ fn make(source: &Path, objects: &Path, kernel: Dom0Kernel) -> Result<Command> {
         .bind_read_only(&artifacts::kernel_tree(&build_root, kernel)?, "/mnt/a")
         .bind_read_only(source, "/mnt/b")
         .bind(objects, "/mnt/c");
+    Ok(kmake(&root))
+}
+
+/// Returns the make that builds a module in a root that has the kernel's tree at `/mnt/a`, the source at `/mnt/b` and
+/// the objects at `/mnt/c`.
+pub(crate) fn kmake(root: &Root) -> Command {
     let mut make = root.command("/mnt/a/kmake");
     make.args(["-s", "M=/mnt/b", "MO=/mnt/c"]);
     // Type information for tracers needs the kernel's unstripped image, which Debian does not ship.
     make.args(["CONFIG_DEBUG_INFO_BTF_MODULES=", "modules"]);
-    Ok(make)
+    make
 }
 
 /// Builds the programs statically linked, so that they run in dom0 whatever libc the host has. Returns their folder,
@@ -201,7 +207,7 @@ fn debuggable() -> Result<PathBuf> {
 const CRATES: &str = "/usr/src/cargo";
 
 /// Returns the path of the crates.
-fn home() -> Result<PathBuf> {
+pub(crate) fn home() -> Result<PathBuf> {
     let home = std::env::var_os("CARGO_HOME").map(PathBuf::from);
     let home = home.or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".cargo")));
     home.context("neither CARGO_HOME nor HOME says where cargo keeps its crates")

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! The project's commands: `cargo xtask --help`.
 
+mod arm64;
 mod artifacts;
 mod bench;
 mod build;

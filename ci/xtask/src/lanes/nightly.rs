@@ -2,6 +2,7 @@
 //! Tests that take too long for each change.
 
 use super::{build, e2e, host};
+use crate::arm64;
 use crate::demo::{self, Story};
 use crate::tally::TestTally;
 use anyhow::{ensure, Result};
@@ -60,6 +61,8 @@ const PARTS: &[(&str, LanePart)] = &[
     ("demo", LanePart::Own(demo)),
     // Other kernels that are known to work.
     ("kernels", LanePart::Own(build::other_kernels)),
+    // Another processor.
+    ("arm64", LanePart::Own(arm64::tests)),
     // A build of the module on a host without this project's tools.
     ("packages", LanePart::Own(build::long)),
     // Other shapes, formats, orders and entry points.
