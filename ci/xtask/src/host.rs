@@ -20,6 +20,7 @@ const NEEDS: &[(&str, &str)] = &[
     ("tar", "tar"),
     ("git", "git"),
     ("dpkg-deb", "dpkg"),
+    ("gpg", "gpg"),
 ];
 
 /// The process must stop with exit code 3, because the host lacks something that only its administrator can provide.

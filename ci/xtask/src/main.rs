@@ -138,6 +138,22 @@ enum XtaskCommand {
         #[arg(long, value_name = "DIR", default_value = "target/packages")]
         out: PathBuf,
     },
+    /// Make a signed repository for apt of the packages for all supported kernels.
+    ///
+    /// The folder can be offered by a web server as it is. Packages that are there already stay, so that hosts can
+    /// return to them. xen-blkback-rs.asc in it is the public key, and xen-blkback-rs.sources the entry for a host's
+    /// /etc/apt/sources.list.d.
+    Repository {
+        /// The folder of the repository.
+        #[arg(long, value_name = "DIR", default_value = "target/repository")]
+        out: PathBuf,
+        /// Key of gpg that signs: its fingerprint or its owner's address.
+        #[arg(long, value_name = "KEY")]
+        key: String,
+        /// Address at which hosts will find the folder; the default is the folder itself.
+        #[arg(long, value_name = "URL")]
+        url: Option<String>,
+    },
     /// Boot a dom0 with the files of a package, and get a shell in it or run one command.
     ///
     /// `cargo xtask vm -- 'xl info; lsmod'` prints the command's output and exits with its exit code; the consoles are
@@ -224,6 +240,15 @@ fn run(task: XtaskCommand) -> anyhow::Result<ExitCode> {
             for package in package::all(&out)? {
                 println!("{}", package.display());
             }
+            Ok(ExitCode::SUCCESS)
+        }
+        XtaskCommand::Repository { out, key, url } => {
+            let key = package::repository::SigningKey {
+                name: &key,
+                home: None,
+            };
+            package::repository::make(&out, &key, url.as_deref())?;
+            println!("{}", out.display());
             Ok(ExitCode::SUCCESS)
         }
         XtaskCommand::Vm(args) => vm::vm(&args),

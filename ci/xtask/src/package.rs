@@ -6,6 +6,7 @@ mod commit;
 mod copyright;
 mod debian;
 mod module_source;
+pub(crate) mod repository;
 pub(crate) mod reproducible;
 
 use crate::root::Root;
@@ -72,13 +73,6 @@ fn made(
     make.env("SOURCE_DATE_EPOCH", &commit.seconds);
     run::logged(&mut make, &work.join("log"))?;
     collect(&work, out)
-}
-
-/// Makes a folder a source of packages for apt.
-pub(crate) fn index(packages: &Path) -> Result<()> {
-    let root = Root::new(&artifacts::package_root()?).bind(packages, "/mnt/a");
-    let mut scan = root.script("cd /mnt/a && dpkg-scanpackages --multiversion . >Packages");
-    run::logged(&mut scan, &packages.with_extension("log"))
 }
 
 /// Moves the packages from where debhelper leaves them.

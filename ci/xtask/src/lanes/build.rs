@@ -21,6 +21,7 @@ const OF_PACKAGES: &[(&str, Holds)] = &[
     ("package.lintian", checks::judged),
     ("package.life", checks::live),
     ("package.beside-xen", checks::beside_xen),
+    ("package.repository", checks::repository),
 ];
 
 /// Checks that take minutes.

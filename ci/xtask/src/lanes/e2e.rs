@@ -287,7 +287,9 @@ pub(super) fn life(tally: &mut TestTally, _seed: Option<u64>) -> Result<()> {
     for made in [package::all, package::next] {
         made(&repository)?;
     }
-    package::index(&repository)?;
+    let keys = build::repository()?.join("target/vm/life.keys");
+    let key = package::repository::key_for_tests(&keys)?;
+    package::repository::sign(&repository, &key, "file:/t/repository")?;
     let programs = build::programs()?;
     payload::add_program(&payload, &programs.join("vmtest"))?;
     payload::add_guest(&payload, &machines, &programs.join("vmtest"))?;

@@ -1,14 +1,16 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! Checks of the packages in a folder.
 
+use super::repository;
 use crate::root::Root;
 use crate::{artifacts, build, run};
-use anyhow::Result;
+use anyhow::{Context, Result};
 use std::fs;
 use std::path::Path;
 
 const LIFE: &str = include_str!("../../../recipes/package-life.sh");
 const BESIDE_XEN: &str = include_str!("../../../recipes/package-beside-xen.sh");
+const REPOSITORY: &str = include_str!("../../../recipes/package-repository.sh");
 const DKMS: &str = include_str!("../../../recipes/package-dkms.sh");
 
 /// Runs Debian's checker on the packages in `out`.
@@ -29,6 +31,26 @@ pub(crate) fn live(out: &Path) -> Result<()> {
 /// Upgrades and removes Xen's package beside those in `out`, on a temporary tree.
 pub(crate) fn beside_xen(out: &Path) -> Result<()> {
     on_a_tree(out, BESIDE_XEN)
+}
+
+/// Makes a signed repository of the packages in `out`, and reads it as a host does.
+pub(crate) fn repository(out: &Path) -> Result<()> {
+    let place = build::repository()?.join("target/package-repository");
+    if place.exists() {
+        run::remove_tree(&place)?;
+    }
+    let folder = place.join("repository");
+    fs::create_dir_all(&folder)?;
+    for entry in fs::read_dir(out)? {
+        let package = entry?.path();
+        let name = package.file_name().context("a file has a name")?;
+        fs::copy(&package, folder.join(name))?;
+    }
+    let keys = place.join("keys");
+    let key = repository::key_for_tests(&keys)?;
+    repository::sign(&folder, &key, "file:/srv/repository")?;
+    on_a_tree(&folder, REPOSITORY)?;
+    run::remove_tree(&place)
 }
 
 fn on_a_tree(out: &Path, text: &str) -> Result<()> {
