@@ -78,6 +78,12 @@ const SETTINGS: &str = "usr/share/xen-blkback-rs/modprobe.conf";
 const WITH_PROGRAMS: &[PackagedFile] = &[
     packaged!("etc/xen/scripts/block-tap-rs", "block-tap-rs", x),
     packaged!("etc/xen/scripts/block-or-tap", "block-or-tap", x),
+    packaged!(
+        "etc/xen/scripts/block-shared-storage",
+        "block-shared-storage"
+    ),
+    packaged!("etc/xen/scripts/block-shared-rbd", "block-shared-rbd"),
+    packaged!("etc/xen/scripts/block-shared-drbd", "block-shared-drbd"),
     packaged!("etc/default/xentap", "xentap.default"),
     packaged!("usr/sbin/xentap-block", "xentap-block", x),
     packaged!(
@@ -325,6 +331,42 @@ mod tests {
                 file.place
             );
         }
+    }
+
+    /// Scripts source their parts from their own folder.
+    #[test]
+    fn parts_of_scripts_are_beside_them() {
+        let here = "etc/xen/scripts/";
+        let parts = |text: &'static str| -> Vec<&str> {
+            let lines = text.lines().map(str::trim);
+            lines
+                .filter_map(|line| {
+                    line.strip_prefix(". \"$dir/block-shared-")?
+                        .strip_suffix('"')
+                })
+                .collect()
+        };
+        let scripts = WITH_PROGRAMS
+            .iter()
+            .filter(|file| file.place.starts_with(here));
+        let mut found = 0;
+        for part in scripts.flat_map(|file| parts(file.text)) {
+            // Engines by their names in targets.
+            let names: &[&str] = if part.contains('$') {
+                &["rbd", "drbd"]
+            } else {
+                &[part]
+            };
+            for name in names {
+                let place = format!("{here}block-shared-{name}");
+                assert!(
+                    WITH_PROGRAMS.iter().any(|file| file.place == place),
+                    "{place}"
+                );
+                found += 1;
+            }
+        }
+        assert!(found >= 4, "{found}");
     }
 
     /// Returns the value of a setting in a unit.

@@ -1,0 +1,108 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! A script that is killed at any moment leaves nothing, or what the next one cleans up.
+
+use crate::host::{GuestDisk, HostFolder, SharedCluster};
+
+/// A cluster, a host, and a disk on `target`.
+fn bed(target: &str) -> (SharedCluster, HostFolder, GuestDisk) {
+    let cluster = SharedCluster::new();
+    let host = cluster.host("alpha");
+    host.guest(3, "web", "uuid-web");
+    let disk = host.disk(3, 51712, target, "w");
+    (cluster, host, disk)
+}
+
+/// Runs a verb and kills the script at this moment; false if it ends before.
+fn killed(host: &HostFolder, verb: &str, disk: &GuestDisk, moment: usize) -> bool {
+    std::fs::write(host.path("moments"), "0\n").expect("a file");
+    host.script(
+        "block-tap-rs",
+        verb,
+        disk,
+        &[("BED_KILL", &moment.to_string())],
+    );
+    host.path("killed").exists()
+}
+
+/// True if nothing of the disk is left.
+fn is_clean(cluster: &SharedCluster, host: &HostFolder) -> bool {
+    host.mappings().is_empty()
+        && host.records().is_empty()
+        && cluster.watchers("vms/web").is_empty()
+        && cluster.read("drbd/r0/role.alpha") == "Secondary"
+}
+
+/// Kills `verb` at each moment, and returns how many those were. `after` sees each outcome.
+fn sweep(
+    target: &str,
+    verb: &str,
+    after: impl Fn(usize, &SharedCluster, &HostFolder, &GuestDisk),
+) -> usize {
+    for moment in 1.. {
+        let (cluster, host, disk) = bed(target);
+        if verb == "remove" {
+            host.attach(&disk);
+        }
+        if !killed(&host, verb, &disk, moment) {
+            return moment - 1;
+        }
+        after(moment, &cluster, &host, &disk);
+    }
+    unreachable!("a script ends")
+}
+
+#[test]
+fn add_that_is_killed_is_removed() {
+    for (target, least) in [("rbd:vms/web", 30), ("drbd:r0", 20)] {
+        let moments = sweep(target, "add", |moment, cluster, host, disk| {
+            host.detach(disk);
+            assert!(
+                is_clean(cluster, host),
+                "{target} {moment}: {:?}",
+                host.records()
+            );
+            host.detach(disk);
+        });
+        assert!(moments >= least, "{target}: only {moments} moments");
+    }
+}
+
+#[test]
+fn add_that_is_killed_is_done_by_the_next_one() {
+    for target in ["rbd:vms/web", "drbd:r0"] {
+        sweep(target, "add", |moment, cluster, host, disk| {
+            host.attach(disk);
+            assert_eq!(host.records().len(), 1, "{target} {moment}");
+            assert!(host.mappings().len() <= 1, "{target} {moment}");
+            host.detach(disk);
+            assert!(is_clean(cluster, host), "{target} {moment}");
+        });
+    }
+}
+
+/// The guest of the killed script is gone, with its directory: the next guest on the image gets it.
+#[test]
+fn add_that_is_killed_is_in_nobodys_way() {
+    for target in ["rbd:vms/web", "drbd:r0"] {
+        sweep(target, "add", |moment, cluster, host, disk| {
+            host.forget(disk);
+            host.guest(4, "db", "uuid-db");
+            let other = host.disk(4, 51712, target, "w");
+            host.attach(&other);
+            assert_eq!(host.records(), ["vbd-4-51712"], "{target} {moment}");
+            host.detach(&other);
+            assert!(is_clean(cluster, host), "{target} {moment}");
+        });
+    }
+}
+
+#[test]
+fn remove_that_is_killed_is_done_by_the_next_one() {
+    for (target, least) in [("rbd:vms/web", 3), ("drbd:r0", 3)] {
+        let moments = sweep(target, "remove", |moment, cluster, host, disk| {
+            host.detach(disk);
+            assert!(is_clean(cluster, host), "{target} {moment}");
+        });
+        assert!(moments >= least, "{target}: only {moments} moments");
+    }
+}
