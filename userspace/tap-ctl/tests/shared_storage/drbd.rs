@@ -38,6 +38,8 @@ fn volumes_of_a_resource_are_named_and_share_its_role() {
         why.contains("2 volumes") && why.contains("drbd:r0/0"),
         "{why}"
     );
+    let why = alpha.refused(&alpha.disk(3, 51712, "drbd:r0/7", "w"));
+    assert!(why.contains("no volume 7"), "{why}");
     let (one, other) = (
         alpha.disk(3, 51712, "drbd:r0/0", "w"),
         alpha.disk(3, 51728, "drbd:r0/1", "w"),

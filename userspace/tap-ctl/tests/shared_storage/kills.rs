@@ -98,7 +98,7 @@ fn add_that_is_killed_is_in_nobodys_way() {
 
 #[test]
 fn remove_that_is_killed_is_done_by_the_next_one() {
-    for (target, least) in [("rbd:vms/web", 3), ("drbd:r0", 3)] {
+    for (target, least) in [("rbd:vms/web", 5), ("drbd:r0", 5)] {
         let moments = sweep(target, "remove", |moment, cluster, host, disk| {
             host.detach(disk);
             assert!(is_clean(cluster, host), "{target} {moment}");

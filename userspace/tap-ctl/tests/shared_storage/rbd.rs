@@ -309,3 +309,22 @@ fn disk_that_is_closed_in_between_leaves_nothing() {
     let why = host.refused(&disk);
     assert!(why.contains("closed or removed"), "{why}");
 }
+
+/// A mode for all mappings, such as encryption, is the administrator's.
+#[test]
+fn mode_that_ceph_conf_has_for_all_mappings_wins() {
+    let modes = [
+        (None, "ms_mode=prefer-crc,mount_timeout="),
+        (Some("queue_depth=64"), "ms_mode=prefer-crc,mount_timeout="),
+        (Some("ms_mode=secure"), "mount_timeout="),
+    ];
+    for (configured, begin) in modes {
+        let (_cluster, host) = beds();
+        if let Some(options) = configured {
+            fs::write(host.path("map_options"), options).expect("a file");
+        }
+        host.attach(&host.disk(3, 51712, "rbd:vms/web", "w"));
+        let map = format!("device map --options {begin}");
+        assert!(host.calls().contains(&map), "{configured:?}");
+    }
+}

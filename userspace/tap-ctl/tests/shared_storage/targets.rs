@@ -37,6 +37,8 @@ fn odd_names_are_refused_before_any_program_sees_them() {
         "options=ro,rbd:vms/web",
         "options=a b,rbd:vms/web",
         "options=_pool_ns=x,rbd:vms/web",
+        "options=nocrc,rbd:vms/web",
+        "options=nocrc,ms_mode=crc,rbd:vms/web",
         "drbd:",
         "drbd:all",
         "drbd:--force",

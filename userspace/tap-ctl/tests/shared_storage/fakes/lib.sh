@@ -24,7 +24,9 @@ trouble() {
   fi
   if [ -e "$file" ]; then
     status=$(head -n1 "$file")
-    tail -n+2 "$file" >&2
+    # A part of rbd's reasons is output.
+    tail -n+2 "$file" | grep "^RBD image"
+    tail -n+2 "$file" | grep -v "^RBD image" >&2
     exit "$status"
   fi
 }
