@@ -151,3 +151,20 @@ fn record_of_a_disk_that_is_gone_is_cleaned_up() {
     assert_eq!(alpha.mappings().len(), 1);
     assert_eq!(alpha.records(), ["vbd-4-51712"]);
 }
+
+/// QEMU of the guest 3 in its stub domain has the disk as well.
+#[test]
+fn stub_domain_shares_the_device_of_its_guest() {
+    let cluster = SharedCluster::new();
+    let alpha = cluster.host("alpha");
+    alpha.guest(3, "web", "uuid-web");
+    alpha.guest(4, "web-dm", "uuid-dm");
+    alpha.key("/local/domain/4/target", "3");
+    for target in ["rbd:vms/web", "drbd:r0"] {
+        let device = alpha.attach(&alpha.disk(4, 51712, target, "w"));
+        assert_eq!(alpha.attach(&alpha.disk(3, 51712, target, "w")), device);
+        alpha.detach(&alpha.disk(4, 51712, target, "w"));
+        alpha.detach(&alpha.disk(3, 51712, target, "w"));
+    }
+    assert!(alpha.mappings().is_empty());
+}

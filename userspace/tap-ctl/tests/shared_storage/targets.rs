@@ -112,3 +112,18 @@ fn script_block_passes_shared_storage_on() {
         );
     }
 }
+
+#[test]
+fn time_that_is_no_number_is_named() {
+    let cluster = SharedCluster::new();
+    let host = cluster.host("alpha");
+    let disk = host.disk(3, 51712, "rbd:vms/web", "w");
+    for time in ["30s", "0", "-1", "x y"] {
+        host.script("block-tap-rs", "add", &disk, &[("STORAGE_TIMEOUT", time)]);
+        let why = host.of(&disk, "hotplug-error");
+        assert!(
+            why.contains(&format!("STORAGE_TIMEOUT=\"{time}\"")),
+            "{why}"
+        );
+    }
+}
