@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! A block device of this host, and those that it stands on.
 
+use super::shared_storage::SharedImage;
 use super::vbd::Number;
 use super::{numbers, Host};
 use serde::Serialize;
@@ -17,6 +18,8 @@ pub(crate) struct Block {
     pub(crate) name: String,
     /// Familiar name: the name of a mapped device, the file of a loop device.
     pub(crate) alias: Option<String>,
+    /// Image on storage of many hosts that it is.
+    pub(crate) image: Option<SharedImage>,
     /// The device is one of device mapper that holds all I/O until it is resumed.
     pub(crate) is_suspended: bool,
     /// Requests that it has now.
@@ -46,7 +49,8 @@ impl Block {
 
     /// Its name with what people call it.
     pub(crate) fn label(&self) -> String {
-        match &self.alias {
+        let target = self.image.as_ref().map(SharedImage::target);
+        match target.or_else(|| self.alias.clone()) {
             Some(alias) => format!("{} ({alias})", self.name),
             None => self.name.clone(),
         }
@@ -77,9 +81,11 @@ fn device(host: &Host, folder: &Path, depth: u32) -> Block {
         .optional(&folder.join("dm/name"))
         .or_else(|| host.optional(&folder.join("loop/backing_file")));
     let suspended = host.optional(&folder.join("dm/suspended"));
+    let image = SharedImage::read(host, &name);
     Block {
         name: name.into_owned(),
         alias,
+        image,
         is_suspended: suspended.as_deref() == Some("1"),
         in_flight: numbers::<u64>(&two).iter().sum(),
         done: sum([0, 4, 11, 15]),

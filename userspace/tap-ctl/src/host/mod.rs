@@ -4,6 +4,7 @@
 //! Unreadable files are collected, and the rest is shown all the same.
 
 pub(crate) mod block;
+pub(crate) mod shared_storage;
 pub(crate) mod task;
 pub(crate) mod vbd;
 pub(crate) mod xenstore;

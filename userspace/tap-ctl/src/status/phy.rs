@@ -42,8 +42,8 @@ pub(crate) fn without_driver(vbd: &Vbd) -> Verdict {
 pub(crate) enum StalledPart {
     /// A mapped device that is suspended, by the name that dmsetup knows.
     Suspended { label: String, name: String },
-    /// A device, with so many requests.
-    Silent { label: String, requests: u64 },
+    /// A device with this number of requests.
+    Silent { device: Box<Block>, requests: u64 },
     /// A thread of a queue, which sleeps in this function of the kernel.
     Asleep { thread: String, place: String },
 }
@@ -72,14 +72,17 @@ pub(crate) fn stall(before: &SampledDisk, now: &SampledDisk) -> Option<StalledPa
 }
 
 fn stalled(old: &Block, new: &Block) -> Option<StalledPart> {
-    let label = new.label();
     if old.is_suspended && new.is_suspended {
+        let label = new.label();
         let name = new.alias.clone().unwrap_or_else(|| new.name.clone());
         return Some(StalledPart::Suspended { label, name });
     }
     let requests = old.in_flight.min(new.in_flight);
     let is_silent = requests > 0 && old.done == new.done;
-    is_silent.then_some(StalledPart::Silent { label, requests })
+    is_silent.then(|| StalledPart::Silent {
+        device: Box::new(new.clone()),
+        requests,
+    })
 }
 
 /// A thread that has slept all the time where nothing but the end of I/O wakes it.
@@ -120,11 +123,14 @@ fn hung(before: &SampledDisk, now: &SampledDisk, around: &Surroundings) -> Optio
 /// A disk that has an old request, and others that are answered.
 fn unanswered(now: &SampledDisk) -> Verdict {
     let requests = now.vbd.as_ref().and_then(Vbd::in_flight).unwrap_or(1);
-    let label = now.block.as_ref().map_or("its device".into(), Block::label);
-    let why = format!("it has {requests} requests, and {label} does not answer the oldest one");
+    let (storage, remedy) = now.block.as_ref().map_or_else(
+        || ("its device".into(), see_to("its device")),
+        |block| storage_of(block, block.label()),
+    );
+    let why = format!("it has {requests} requests, and {storage} does not answer the oldest one");
     Verdict::new(State::Hung, why)
         .because(Cause::Storage)
-        .remedy(see_to(&label))
+        .remedy(remedy)
 }
 
 /// A disk whose device was taken away: the driver still has it open, and the kernel knows it no more. That it cannot be
@@ -138,6 +144,15 @@ fn gone(now: &SampledDisk, figures: &Figures) -> Option<Verdict> {
     Some(gone.remedy("bring the storage back, then detach the disk and attach it again"))
 }
 
+/// Returns what does not answer where `block` does not, and the remedy: a device of many hosts' storage only passes
+/// requests on to its cluster. A device of another kind is called `name`.
+fn storage_of(block: &Block, name: String) -> (String, String) {
+    // What a volume stands on may be such a device.
+    let image = block.stack().into_iter().find_map(|it| it.image.as_ref());
+    let remedy = || see_to(&block.label());
+    image.map_or_else(|| (name, remedy()), |image| image.when_silent())
+}
+
 fn see_to(label: &str) -> String {
     format!("see to the storage of {label}: its kernel messages (dmesg), its paths, its network")
 }
@@ -149,10 +164,11 @@ fn stalled_by(stall: &StalledPart) -> Verdict {
             format!("the device {label} is suspended, so all of its requests wait"),
             format!("dmsetup resume {name}, unless another program is about to do that"),
         ),
-        StalledPart::Silent { label, requests } => (
-            format!("the device {label} has {requests} requests and answered none"),
-            see_to(label),
-        ),
+        StalledPart::Silent { device, requests } => {
+            let (storage, remedy) = storage_of(device, format!("the device {}", device.label()));
+            let why = format!("{storage} has {requests} requests and answered none");
+            (why, remedy)
+        }
         StalledPart::Asleep { thread, place } => (
             format!("the thread {thread} sleeps in {place} until the storage answers"),
             "see to the storage: its kernel messages (dmesg), its paths, its network".into(),

@@ -171,6 +171,31 @@ fn a_long_discard_is_not_slow_and_what_does_not_end_is() {
     );
 }
 
+/// The device of a cluster only passes requests on, so an administrator must look at the cluster.
+#[test]
+fn cluster_is_named_where_its_device_hangs() {
+    let made = made();
+    keeps_time(&made);
+    counter(&made, "in_flight", 4);
+    counter(&made, "oldest_ns", 95_000 * MS);
+    for (file, text) in [("pool", "vms"), ("name", "web"), ("current_snap", "-")] {
+        made.file(&format!("/sys/bus/rbd/devices/0/{file}"), text);
+    }
+    block(&made, "8:16", "rbd0", [100, 100, 4]);
+    let before = look(&made);
+    for now in [[100, 100, 4], [200, 200, 4]] {
+        block(&made, "8:16", "rbd0", now);
+        let report = after(1, &before, &look(&made));
+        assert_eq!(said(&report), (State::Hung, Some(Cause::Storage), 2));
+        let verdict = &report.disks[0].verdict;
+        let names_it = verdict.why.contains("the Ceph cluster of rbd:vms/web");
+        assert!(names_it, "{verdict:?}");
+        let remedy = verdict.remedy.as_deref().unwrap_or_default();
+        assert!(remedy.contains("`ceph -s`") && remedy.contains("`rbd status vms/web`"));
+        assert_eq!(report.disks[0].image.as_deref(), Some("rbd0 (rbd:vms/web)"));
+    }
+}
+
 #[test]
 fn an_old_request_is_a_disk_that_hangs_and_nobody_has_to_watch_it() {
     let made = made();

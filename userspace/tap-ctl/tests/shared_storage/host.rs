@@ -5,7 +5,7 @@ use std::cell::Cell;
 use std::fs;
 use std::os::unix::fs::{symlink, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 
 /// The script, its parts, and the one that stands in for Xen's.
 const SCRIPTS: [&str; 5] = [
@@ -181,13 +181,8 @@ impl HostFolder {
         write(&self.path(&format!("hang/{words}")), "");
     }
 
-    pub(crate) fn script(
-        &self,
-        script: &str,
-        verb: &str,
-        disk: &GuestDisk,
-        settings: &[(&str, &str)],
-    ) -> Output {
+    /// Returns the command that runs a script for a disk.
+    fn command(&self, script: &str, verb: &str, disk: &GuestDisk) -> Command {
         let mut bash = Command::new("bash");
         // The programs kill the script by its number.
         bash.args(["-c", "export BED_SCRIPT=$$; exec \"$@\"", "bash"]);
@@ -202,9 +197,28 @@ impl HostFolder {
             .env("BED_HOST", self.dir.path())
             .env("BED_NAME", self.name)
             .env("BED_ADDRESS", format!("{}:0", self.name))
-            .env("BED_CLUSTER", &self.cluster)
-            .envs(settings.iter().copied());
-        bash.output().expect("bash")
+            .env("BED_CLUSTER", &self.cluster);
+        bash
+    }
+
+    pub(crate) fn script(
+        &self,
+        script: &str,
+        verb: &str,
+        disk: &GuestDisk,
+        settings: &[(&str, &str)],
+    ) -> Output {
+        let mut bash = self.command(script, verb, disk);
+        bash.envs(settings.iter().copied()).output().expect("bash")
+    }
+
+    /// Runs `add` and kills it in a program, which takes seconds more: this does not wait for that.
+    pub(crate) fn add_that_its_program_outlives(&self, disk: &GuestDisk, words: &str) {
+        write(&self.path(&format!("outlives/{words}")), "");
+        let mut bash = self.command("block-tap-rs", "add", disk);
+        let bash = bash.stdout(Stdio::null()).stderr(Stdio::null());
+        let ended = bash.status().expect("bash");
+        assert_eq!(ended.code(), None, "it was killed");
     }
 
     pub(crate) fn add(&self, disk: &GuestDisk) -> Output {

@@ -106,3 +106,28 @@ fn remove_that_is_killed_is_done_by_the_next_one() {
         assert!(moments >= least, "{target}: only {moments} moments");
     }
 }
+
+/// A program of the killed script still runs, and maps the image or promotes the resource when the next script has come.
+#[test]
+fn next_script_waits_for_the_program_of_a_killed_one() {
+    for (target, words) in [
+        ("rbd:vms/web", "device-map"),
+        ("drbd:r0", "drbdadm-primary"),
+    ] {
+        let (cluster, host, disk) = bed(target);
+        host.add_that_its_program_outlives(&disk, words);
+        assert!(is_unchanged(&cluster, &host), "{target}: it has not ended");
+        host.detach(&disk);
+        assert!(is_clean(&cluster, &host), "{target}");
+        let (cluster, host, disk) = bed(target);
+        host.add_that_its_program_outlives(&disk, words);
+        host.attach(&disk);
+        host.detach(&disk);
+        assert!(is_clean(&cluster, &host), "{target}");
+    }
+}
+
+/// True if nothing was mapped or promoted.
+fn is_unchanged(cluster: &SharedCluster, host: &HostFolder) -> bool {
+    host.mappings().is_empty() && cluster.read("drbd/r0/role.alpha") == "Secondary"
+}

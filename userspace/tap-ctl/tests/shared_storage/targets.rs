@@ -127,3 +127,15 @@ fn time_that_is_no_number_is_named() {
         );
     }
 }
+
+/// libxl makes another kind of device for `backendtype=tap`, which has no block device.
+#[test]
+fn device_of_blktap_is_refused() {
+    let cluster = SharedCluster::new();
+    let host = cluster.host("alpha");
+    let disk = host.disk(3, 51712, "rbd:vms/web", "w");
+    host.script("block-tap-rs", "add", &disk, &[("XENBUS_TYPE", "vbd3")]);
+    let why = host.of(&disk, "hotplug-error");
+    assert!(why.contains("leave backendtype= away"), "{why}");
+    assert!(host.mappings().is_empty());
+}

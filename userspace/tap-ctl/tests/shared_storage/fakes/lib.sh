@@ -22,6 +22,12 @@ trouble() {
     sleep 60 &
     wait
   fi
+  # The script ends, and this program a while later.
+  if [ -e "$BED_HOST/outlives/$1" ]; then
+    /bin/rm "$BED_HOST/outlives/$1"
+    kill -9 "$BED_SCRIPT"
+    sleep 3
+  fi
   if [ -e "$file" ]; then
     status=$(head -n1 "$file")
     # A part of rbd's reasons is output.
