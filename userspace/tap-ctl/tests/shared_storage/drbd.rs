@@ -114,6 +114,7 @@ fn failures_of_drbdadm_are_named() {
             "State change failed: (-7) Refusing to be Primary while peer is not outdated",
             "fenced",
         ),
+        ("drbdadm-role", "r0: No such resource", "`drbdadm up r0`"),
         ("drbdadm-primary", "something else", "something else"),
         (
             "drbdadm-primary",
@@ -234,4 +235,20 @@ fn readers_share_a_device_and_writers_do_not() {
     alpha.attach(&alpha.disk(4, 51712, "drbd:r0", "r"));
     let why = alpha.refused(&alpha.disk(4, 51728, "drbd:r0", "w"));
     assert!(why.contains("backend/vbd/"), "{why}");
+}
+
+/// An administrator has taken the resource down, or out of the configuration, under the disk.
+#[test]
+fn resource_that_is_gone_is_detached() {
+    for complaint in [
+        "r0: No such resource",
+        "'r0' not defined in your config (for this host).",
+    ] {
+        let (_cluster, alpha, _beta) = beds();
+        let disk = alpha.disk(3, 51712, "drbd:r0", "w");
+        alpha.attach(&disk);
+        alpha.fail("drbdadm-secondary", 10, complaint);
+        alpha.detach(&disk);
+        assert!(alpha.records().is_empty(), "{complaint}");
+    }
 }
