@@ -209,6 +209,8 @@ const CALLS: &[i64] = &[
     libc::SYS_sendto,
     libc::SYS_shutdown,
     libc::SYS_close,
+    // Other processors have only the newer call.
+    #[cfg(target_arch = "x86_64")]
     libc::SYS_poll,
     libc::SYS_ppoll,
     libc::SYS_eventfd2,
