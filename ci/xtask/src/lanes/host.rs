@@ -52,6 +52,15 @@ pub(super) fn repairs(tally: &mut TestTally, seed: Option<u64>) -> Result<()> {
     )
 }
 
+/// Kills the hotplug script for shared storage at each of its moments; the lane host takes some by chance.
+pub(super) fn kills(tally: &mut TestTally, _seed: Option<u64>) -> Result<()> {
+    host::for_tests()?;
+    let mut tests = cargo_test();
+    tests.args(["-p", "tap-ctl", "--test", "shared_storage"]);
+    tests.env("MOMENTS", "all");
+    programs::test(tally, "kills of the script", &tests, &["kills"])
+}
+
 /// Measures how long conversions take, beside QEMU's.
 pub(super) fn conversions(tally: &mut TestTally, _seed: Option<u64>) -> Result<()> {
     host::for_tests()?;

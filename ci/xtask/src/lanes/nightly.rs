@@ -40,6 +40,8 @@ const PARTS: &[(&str, LanePart)] = &[
     ("sanlock", LanePart::Own(host::sanlock)),
     // Images with a wrong word, and the data that their repair preserves.
     ("repairs", LanePart::Own(host::repairs)),
+    // A hotplug script that is killed at each of its steps.
+    ("kills", LanePart::Own(host::kills)),
     // Time and memory of conversions, beside those of QEMU.
     ("conversions", LanePart::Own(host::conversions)),
     // Guests with other kernels than dom0's.
