@@ -6,6 +6,8 @@ use std::fs;
 use std::os::unix::fs::{symlink, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
 /// The script, its parts, and the one that stands in for Xen's.
 const SCRIPTS: [&str; 5] = [
@@ -219,6 +221,16 @@ impl HostFolder {
         let bash = bash.stdout(Stdio::null()).stderr(Stdio::null());
         let ended = bash.status().expect("bash");
         assert_eq!(ended.code(), None, "it was killed");
+        assert!(!self.path("outlived").exists(), "its program has ended");
+    }
+
+    /// Waits until the program has ended that has outlived its script.
+    pub(crate) fn wait_for_its_program(&self) {
+        let end = Instant::now() + Duration::from_secs(120);
+        while !self.path("outlived").exists() {
+            assert!(Instant::now() < end, "the program does not end");
+            sleep(Duration::from_millis(50));
+        }
     }
 
     pub(crate) fn add(&self, disk: &GuestDisk) -> Output {

@@ -26,6 +26,7 @@ trouble() {
   if [ -e "$BED_HOST/outlives/$1" ]; then
     /bin/rm "$BED_HOST/outlives/$1"
     kill -9 "$BED_SCRIPT"
+    trap 'touch "$BED_HOST/outlived"' EXIT
     sleep 3
   fi
   if [ -e "$file" ]; then
