@@ -21,6 +21,7 @@ use diskio::{Bytes, Data, Errno, Io};
 use drivers::Disk;
 use formats::qcow2::Compression;
 use formats::{Below, ImageFormat, Options};
+use std::cell::Cell;
 use std::rc::Rc;
 
 /// Source of a copy.
@@ -38,6 +39,8 @@ pub(crate) struct Copy<'c> {
     /// The parts that may differ from the parent.
     ranges: Option<DiskRanges>,
     pace: WorkPace,
+    /// Bytes of the disk that the new image has itself.
+    copied: Cell<u64>,
 }
 
 /// Destination of a copy that is not compressed.
@@ -89,6 +92,7 @@ pub(crate) async fn convert(
         lost: lost.clone(),
         ranges,
         pace: WorkPace::new(args.part.rate),
+        copied: Cell::new(0),
     };
     let work = async {
         let file = target.file();
@@ -109,6 +113,7 @@ pub(crate) async fn convert(
             Ok(ConvertResult {
                 from: from.to_string(),
                 made: MadeImage::new(to, shape.size, &file, layout.parent.as_ref())?,
+                copied: copy.copied.get(),
                 lost: lost.map(Lost::bytes),
                 lost_at: lost.map(Lost::first).unwrap_or_default(),
             })
@@ -186,6 +191,11 @@ impl Copy<'_> {
         self.pace.pay(self.io, bytes).await
     }
 
+    /// Counts bytes that the new image has itself.
+    pub(crate) fn count(&self, bytes: u64) {
+        self.copied.set(self.copied.get() + bytes);
+    }
+
     /// True if only some ranges are copied.
     pub(crate) fn is_partial(&self) -> bool {
         self.ranges.is_some()
@@ -229,6 +239,7 @@ impl PlainCopy<'_> {
             _ => None,
         };
         if self.is_dirty {
+            self.from.count(if is_data { len } else { 0 });
             return walk::write(to, new, offset, Bytes::from(source)).await;
         }
         let runs = runs(&source, below.as_ref());
@@ -237,6 +248,7 @@ impl PlainCopy<'_> {
             match run {
                 Run::Data(range) => {
                     let at = offset + range.start as u64;
+                    self.from.count(range.len() as u64);
                     let part = source.part(range.start, range.len());
                     walk::write(to, new, at, part).await?;
                 }

@@ -35,6 +35,8 @@ pub(crate) struct ConvertResult {
     /// The new image.
     #[serde(flatten)]
     pub(crate) made: MadeImage,
+    /// Bytes of the disk that were copied, before compression. Zeroes and bytes that are as in the parent do not count.
+    pub(crate) copied: u64,
     /// With --damaged: bytes that could not be read, which are zeroes in the copy.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) lost: Option<u64>,

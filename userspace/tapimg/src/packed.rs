@@ -91,6 +91,9 @@ pub(crate) async fn copy(
         let packed = clusters.map_ok(|at| cluster(opener, to, how, from, at, unit));
         let mut packed = std::pin::pin!(packed.try_buffered(at_once));
         while let Some((at, found)) = packed.try_next().await? {
+            if matches!(found, PackedCluster::Packed(_) | PackedCluster::Plain(_)) {
+                from.count(unit.min(from.size - at));
+            }
             let put = target.put(at, found).await;
             put.map_err(|error| failed("write", to, at, error))?;
             match from.is_partial() {
