@@ -7,7 +7,7 @@ mod disk;
 use crate::events::Events;
 use crate::group::GroupVerb;
 use crate::status::verdict::{HUNG_S, SLOW_MS};
-pub(crate) use backup::{Backup, BackupVerb, Restore};
+pub(crate) use backup::{Backup, BackupCompression, BackupVerb, Restore};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use control::supervisor::{HungAction, Mode};
 use control::tapdisk::{Engine, OnError};

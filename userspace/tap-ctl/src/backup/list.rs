@@ -3,7 +3,7 @@
 
 use super::folder::{digest, BackupFolder};
 use super::manifest::{chain, BackupManifest, VERSION};
-use crate::cli::Cli;
+use crate::cli::{BackupCompression, Cli};
 use crate::time::utc;
 use crate::{print, say, Error};
 use control::{Code, Failure};
@@ -51,8 +51,13 @@ pub(super) fn line(one: &BackupManifest) -> String {
         Some(parent) => format!("increment parent={parent}"),
         None => "full".into(),
     };
+    let known =
+        |name: &str, value: Option<u64>| value.map_or(String::new(), |v| format!(" {name}={v}"));
+    let data = known("data_size", one.data_size);
+    let allocated = known("allocated", one.allocated);
+    let compression = one.compression.map_or("none", BackupCompression::name);
     format!(
-        "id={} at={} guest={} vdev={} kind={kind} size={} file_size={} file={}\n",
+        "id={} at={} guest={} vdev={} kind={kind} size={}{data} file_size={}{allocated} compression={compression} file={}\n",
         one.id,
         utc(one.taken_ms),
         one.guest,

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The description of each backup, and the chains that backups form.
 
+use crate::cli::BackupCompression;
 use control::{Code, Failure, MarkName};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
@@ -33,6 +34,16 @@ pub(crate) struct BackupManifest {
     pub(crate) file: String,
     /// Bytes of that file.
     pub(crate) file_size: u64,
+    /// Bytes of storage that the file takes, of which its holes take none; nothing if an older program took the backup.
+    #[serde(default)]
+    pub(crate) allocated: Option<u64>,
+    /// Bytes of the disk that were copied into that file, before compression; nothing if an older program took the
+    /// backup.
+    #[serde(default)]
+    pub(crate) data_size: Option<u64>,
+    /// Compression of the data in that file; nothing if it is not compressed.
+    #[serde(default)]
+    pub(crate) compression: Option<BackupCompression>,
     /// SHA-256 of that file, in hexadecimal digits.
     pub(crate) sha256: String,
     /// Dirty bitmap of the disk that began with this backup.
@@ -163,6 +174,9 @@ mod tests {
             parent: parent.map(|parent| parent.to_string()),
             file: format!("web-xvda-{number}.qcow2"),
             file_size: 1,
+            allocated: None,
+            data_size: None,
+            compression: None,
             sha256: String::new(),
             mark: format!("backup-{number}").parse().expect("a name"),
         };
@@ -202,6 +216,17 @@ mod tests {
         assert_eq!([gone(1), gone(3), gone(4), gone(9)], ["21", "21", "", ""]);
         let torn = some(&[(2, Some(1)), (3, Some(2))]);
         assert!(outdated(&torn, 1, "web", "xvda").is_err());
+    }
+
+    #[test]
+    fn a_manifest_of_an_older_program_is_read() {
+        let mut text = serde_json::to_value(&some(&[(1, None)])[0]).expect("JSON");
+        let fields = text.as_object_mut().expect("fields");
+        for name in ["allocated", "data_size", "compression"] {
+            assert!(fields.remove(name).is_some(), "{name}");
+        }
+        let read: BackupManifest = serde_json::from_value(text).expect("a manifest");
+        assert_eq!(read, some(&[(1, None)])[0]);
     }
 
     #[test]

@@ -15,7 +15,7 @@ mod plan;
 mod restore;
 mod tool;
 
-use crate::cli::{Backup, BackupVerb, Cli};
+use crate::cli::{Backup, BackupCompression, BackupVerb, Cli};
 use crate::time::now_ms;
 use crate::{ask, complain, print, say, something_else, Error};
 use control::supervisor::{Reply, Request};
@@ -116,7 +116,7 @@ fn back_up(cli: &Cli, asked: &Backup) -> Result<(), Error> {
     let disks = plans.iter().map(|plan| plan.disk.clone()).collect();
     let mut journal = BackupJournal::new(id.unwrap_or_default(), disks, asked.rate);
     folder.keep_journal(&journal)?;
-    let copied = copy_all(cli, &tool, &folder, &plans, &mut journal);
+    let copied = copy_all(cli, asked, &tool, &folder, &plans, &mut journal);
     let copied = copied.and_then(|()| {
         journal.outdated = stems_to_remove(&journal, all, asked.keep)?;
         Ok(folder.keep_journal(&journal)?)
@@ -144,6 +144,7 @@ fn back_up(cli: &Cli, asked: &Backup) -> Result<(), Error> {
 /// Freezes all disks at one instant, and copies and verifies each.
 fn copy_all(
     cli: &Cli,
+    asked: &Backup,
     tool: &CopyTool,
     folder: &BackupFolder,
     plans: &[DiskPlan],
@@ -160,7 +161,7 @@ fn copy_all(
     let taken_ms = now_ms();
     let mut manifests = Vec::new();
     for plan in plans {
-        let copied = copy(cli, tool, folder, plan)?;
+        let copied = copy(cli, tool, folder, plan, asked.compress)?;
         manifests.push(BackupManifest { taken_ms, ..copied });
     }
     for (disk, manifest) in journal.disks.iter_mut().zip(manifests) {
@@ -192,6 +193,7 @@ fn copy(
     tool: &CopyTool,
     folder: &BackupFolder,
     plan: &DiskPlan,
+    compression: Option<BackupCompression>,
 ) -> Result<BackupManifest, Error> {
     let disk = &plan.disk;
     let file = format!("{}.qcow2", disk.stem);
@@ -200,13 +202,16 @@ fn copy(
     let path = |name: &str| format!("qcow2:{}", folder.path.join(name).display());
     let mut options: Vec<OsString> = vec!["--sector-size".into()];
     options.push(plan.sector_size.to_string().into());
+    if let Some(method) = compression {
+        options.push(format!("--compress={}", method.name()).into());
+    }
     let mut ranges = None;
     if let Some(parent) = &plan.parent {
         options.extend(["--parent".into(), path(&parent.file).into()]);
         // Asked after the snapshot, so that no write before it is missing.
         ranges = Some(changed(cli, plan, parent)?);
     }
-    tool.convert(&from, &path(&part), &options, ranges.as_deref())?;
+    let made = tool.convert(&from, &path(&part), &options, ranges.as_deref())?;
     tool.compare(&from, &path(&part), ranges.as_deref())?;
     let (file_size, sha256) = digest(&folder.path.join(&part))?;
     folder.rename(&part, &file)?;
@@ -221,6 +226,9 @@ fn copy(
         parent: plan.parent.as_ref().map(|parent| parent.id.clone()),
         file,
         file_size,
+        allocated: made.allocated,
+        data_size: Some(made.copied),
+        compression,
         sha256,
         mark: disk.mark.clone(),
     })

@@ -2,9 +2,10 @@
 //! tapimg, which copies, compares and merges images.
 
 use control::{Code, Driver, Extent, Failure, Target};
+use serde::Deserialize;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use std::ffi::OsString;
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -14,6 +15,25 @@ use std::time::Duration;
 
 /// Time between two looks whether it has ended.
 const STEP: Duration = Duration::from_millis(20);
+
+/// Bytes that tapimg prints at most.
+const LONGEST: u64 = 1 << 20;
+
+/// Result of a copy, of which only this matters here.
+#[derive(Debug, Deserialize)]
+pub(crate) struct CopiedImage {
+    /// Bytes of the disk that the new image has itself.
+    pub(crate) copied: u64,
+    /// Bytes of storage that its file takes.
+    pub(crate) allocated: Option<u64>,
+}
+
+/// A tapimg that has ended.
+struct EndedTool {
+    status: ExitStatus,
+    /// Its standard output.
+    output: String,
+}
 
 /// tapimg, and whether a signal has ended the work.
 #[derive(Debug)]
@@ -50,23 +70,33 @@ impl CopyTool {
         }
     }
 
-    /// Copies an image to a new file; with a parent only the ranges, which differ from that.
+    /// Copies an image to a new file; with a parent only the ranges, which differ from that. Returns what tapimg
+    /// says of the new one.
     pub(crate) fn convert(
         &self,
         from: &str,
         to: &str,
         options: &[OsString],
         ranges: Option<&[Extent]>,
-    ) -> Result<(), Failure> {
-        let mut words: Vec<OsString> = ["convert", from, to].map(OsString::from).into();
+    ) -> Result<CopiedImage, Failure> {
+        let mut words: Vec<OsString> = ["convert", from, to, "--json"].map(OsString::from).into();
         words.extend(options.iter().cloned());
-        match self.run(words, ranges, true)?.success() {
-            true => Ok(()),
-            false => Err(Failure::new(
+        let ended = self.run(words, ranges, true)?;
+        if !ended.status.success() {
+            return Err(Failure::new(
                 Code::System,
                 format!("tapimg could not copy {from} to {to}: see its message"),
-            )),
+            ));
         }
+        serde_json::from_str(&ended.output).map_err(|error| {
+            Failure::new(
+                Code::System,
+                format!(
+                    "{} answered something else: {error}: install it and tap-ctl from one package",
+                    self.program.display()
+                ),
+            )
+        })
     }
 
     /// Compares an image with its copy.
@@ -77,8 +107,8 @@ impl CopyTool {
         ranges: Option<&[Extent]>,
     ) -> Result<(), Failure> {
         let words = ["compare", one, other].map(OsString::from).into();
-        let status = self.run(words, ranges, true)?;
-        match status.code() {
+        let ended = self.run(words, ranges, true)?;
+        match ended.status.code() {
             Some(0) => Ok(()),
             Some(1) => Err(Failure::new(
                 Code::Image,
@@ -95,8 +125,8 @@ impl CopyTool {
     pub(crate) fn commit(&self, overlay: &Path) -> Result<(), Failure> {
         let mut image = OsString::from("qcow2:");
         image.push(overlay);
-        let status = self.run(vec!["commit".into(), image], None, false)?;
-        match status.success() {
+        let ended = self.run(vec!["commit".into(), image], None, false)?;
+        match ended.status.success() {
             true => Ok(()),
             false => Err(Failure::new(
                 Code::System,
@@ -118,12 +148,12 @@ impl CopyTool {
         words: Vec<OsString>,
         ranges: Option<&[Extent]>,
         may_stop: bool,
-    ) -> Result<ExitStatus, Failure> {
+    ) -> Result<EndedTool, Failure> {
         let mut command = Command::new(&self.program);
         command
             .arg("--die-with")
             .arg(std::process::id().to_string());
-        command.args(words).stdout(Stdio::null());
+        command.args(words).stdout(Stdio::piped());
         if may_stop {
             if let Some(rate) = self.rate {
                 command.arg("--rate").arg(rate.to_string());
@@ -146,13 +176,25 @@ impl CopyTool {
             // tapimg says what is wrong if it ends before it has read all.
             thread::spawn(move || pipe.write_all(text.as_bytes()))
         });
+        // Whatever it prints, it never waits for this program.
+        let reader = child.stdout.take().map(|pipe| {
+            thread::spawn(move || {
+                let mut text = String::new();
+                pipe.take(LONGEST).read_to_string(&mut text).map(|_| text)
+            })
+        });
         let status = self.wait(&mut child, may_stop);
         if let Some(Ok(Err(error))) = writer.map(thread::JoinHandle::join) {
             if status.as_ref().is_ok_and(ExitStatus::success) {
                 return Err(self.failed(&error));
             }
         }
-        status
+        let status = status?;
+        let output = match reader.map(thread::JoinHandle::join) {
+            Some(Ok(read)) => read.map_err(|error| self.failed(&error))?,
+            _ => String::new(),
+        };
+        Ok(EndedTool { status, output })
     }
 
     fn wait(&self, child: &mut Child, may_stop: bool) -> Result<ExitStatus, Failure> {

@@ -4,6 +4,7 @@
 use super::Which;
 use clap::{Args, Subcommand};
 use control::Failure;
+use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
 const USAGE: &str = "\
@@ -19,6 +20,7 @@ Examples:
   tap-ctl backup web xvda /backup                 # full the first time, then the changes
   tap-ctl backup web xvda xvdb /backup --keep 7   # both at one instant
   tap-ctl backup web xvda /backup --scratch /srv  # of a volume
+  tap-ctl backup web xvda /backup --compress      # takes less space, and longer
   tap-ctl backup verify /backup
   tap-ctl restore /backup qcow2:/srv/new.qcow2";
 
@@ -48,6 +50,10 @@ pub(crate) struct Backup {
     /// said
     #[arg(long, value_name = "MIB", value_parser = super::some_mib)]
     pub(crate) rate: Option<u32>,
+    /// Compress the copy, which takes less space and longer: with zlib, which all programs read, or zstd. Compressed
+    /// backups and others continue each other
+    #[arg(long, value_name = "METHOD", num_args = 0..=1, require_equals = true, default_missing_value = "zlib")]
+    pub(crate) compress: Option<BackupCompression>,
     /// Folder for the guest's writes while the copy is made; that of the image if not said, needed for a block device
     #[arg(long, value_name = "FOLDER")]
     pub(crate) scratch: Option<PathBuf>,
@@ -59,6 +65,26 @@ pub(crate) struct Backup {
     /// The folder.
     #[arg(skip)]
     pub(crate) dir: PathBuf,
+}
+
+/// Compression of the data of a backup.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum BackupCompression {
+    /// Deflate.
+    Zlib,
+    /// Zstandard, which QEMU reads since 5.1.
+    Zstd,
+}
+
+impl BackupCompression {
+    /// Returns its name, as on the command line of tap-ctl and tapimg.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Zlib => "zlib",
+            Self::Zstd => "zstd",
+        }
+    }
 }
 
 /// The program that copies.

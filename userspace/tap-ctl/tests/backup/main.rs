@@ -126,10 +126,10 @@ impl Bed {
     }
 
     /// Takes a backup with a fault of the supervisor, whatever comes of it.
-    fn with_fault(&self, fault: Option<(usize, Fault)>) -> Output {
+    fn with_fault(&self, fault: Option<(usize, Fault)>, options: &str) -> Output {
         fs::write(self.path("at/calls"), "").expect("write");
         self.state().begin(fault);
-        let output = self.run(&format!("backup 3 DIR {}", self.tool()));
+        let output = self.run(&format!("backup 3 DIR {}{options}", self.tool()));
         self.state().begin(None);
         output
     }
@@ -245,6 +245,70 @@ fn increments_continue_a_full_backup_and_each_can_be_restored() {
     bed.assert_marked_once();
 }
 
+/// Runs a command of QEMU, if the host has it; it must succeed.
+fn qemu(line: &str) {
+    let words: Vec<&str> = line.split(' ').collect();
+    match Command::new("qemu-img").args(words).output() {
+        Ok(output) => assert!(output.status.success(), "{line}: {output:?}"),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            eprintln!("no qemu-img: {line} was not run");
+        }
+        Err(error) => panic!("{line}: {error}"),
+    }
+}
+
+#[test]
+fn compressed_backups_and_others_continue_each_other() {
+    let bed = Bed::new(&[("a.img", 51712)]);
+    let kinds = ["", "=zlib", "=zstd", "-", "", "-", "=zstd"];
+    for (number, kind) in kinds.iter().enumerate() {
+        let option = match *kind {
+            "-" => String::new(),
+            method => format!(" --compress{method}"),
+        };
+        let done = &bed.back_up(&option)["backups"][0];
+        let method = match *kind {
+            "-" => Value::Null,
+            "=zstd" => "zstd".into(),
+            _ => "zlib".into(),
+        };
+        assert_eq!(done["compression"], method, "{done}");
+        assert_eq!(done["parent"].is_null(), number == 0, "{done}");
+        let file = bed
+            .path("backup")
+            .join(done["file"].as_str().expect("a file"));
+        let file_size = fs::metadata(&file).expect("the file").len();
+        assert_eq!(done["file_size"], file_size, "{done}");
+        let data = done["data_size"].as_u64().expect("bytes");
+        assert!(data > 0 && data <= SIZE, "{done}");
+        qemu(&format!("check -q -f qcow2 {}", file.display()));
+        bed.state().load();
+    }
+    bed.assert_clean();
+    bed.assert_restorable();
+    for backup in bed.list() {
+        let path = |name: &str| bed.path(name).display().to_string();
+        let (id, file) = (backup["id"].as_str(), backup["file"].as_str());
+        let (id, file) = (id.expect("an id"), file.expect("a file"));
+        let image = path("restored");
+        let tool = bed.tool();
+        bed.good(&format!("restore DIR aio:{image} --id {id} --force {tool}"));
+        let file = format!("{}/{file}", path("backup"));
+        qemu(&format!("compare -q -f raw -F qcow2 {image} {file}"));
+    }
+    let text = bed.good("backup list DIR");
+    assert!(text.contains(" compression=zstd "), "{text}");
+    assert!(text.contains(" data_size="), "{text}");
+    assert!(text.contains(" allocated="), "{text}");
+    // Much of the disk is the same byte again and again.
+    let plain = &bed.back_up(" --full")["backups"][0];
+    let packed = &bed.back_up(" --full --compress")["backups"][0];
+    let size = |of: &Value| of["allocated"].as_u64().expect("bytes");
+    assert!(size(packed) * 2 < size(plain), "{packed} {plain}");
+    let data = packed["data_size"].as_u64().expect("bytes");
+    assert!(size(packed) < data, "{packed}");
+}
+
 #[test]
 fn disks_of_a_guest_are_copied_as_of_one_instant() {
     let bed = Bed::new(&[("a.img", 51712), ("b.img", 51728)]);
@@ -280,8 +344,7 @@ fn outdated_backups_are_removed_with_all_that_only_they_need() {
 
 /// A program that is killed at any request or copy leaves the backups before as they are, and the next backup leaves
 /// nothing of it.
-#[test]
-fn a_backup_that_is_killed_at_any_step_leaves_the_last_one_and_no_litter() {
+fn kill_at_any_step(options: &str, next: &str) {
     let bed = Bed::new(&[("a.img", 51712)]);
     bed.back_up("");
     let (mut at, mut is_over) = (0, false);
@@ -289,12 +352,12 @@ fn a_backup_that_is_killed_at_any_step_leaves_the_last_one_and_no_litter() {
         at += 1;
         for fault in [Fault::KillBefore, Fault::KillAfter] {
             let before = bed.list().len();
-            let output = bed.with_fault(Some((at, fault)));
+            let output = bed.with_fault(Some((at, fault)), options);
             // There was no such request.
             is_over |= output.status.code().is_some();
             bed.good("backup verify DIR");
             assert!(bed.list().len() >= before, "{at} {fault:?}");
-            bed.back_up("");
+            bed.back_up(next);
             bed.assert_clean();
             bed.assert_marked_once();
         }
@@ -305,7 +368,23 @@ fn a_backup_that_is_killed_at_any_step_leaves_the_last_one_and_no_litter() {
 }
 
 #[test]
+fn a_backup_that_is_killed_at_any_step_leaves_the_last_one_and_no_litter() {
+    kill_at_any_step("", "");
+}
+
+#[test]
+fn a_compressed_backup_that_is_killed_at_any_step_leaves_the_last_one_and_no_litter() {
+    kill_at_any_step(" --compress", " --compress=zstd");
+}
+
+#[test]
 fn a_copy_that_is_killed_or_fails_is_no_backup() {
+    for options in ["", " --compress"] {
+        kill_copies(options);
+    }
+}
+
+fn kill_copies(options: &str) {
     let bed = Bed::new(&[("a.img", 51712)]);
     bed.back_up("");
     for fault in [
@@ -314,7 +393,7 @@ fn a_copy_that_is_killed_or_fails_is_no_backup() {
     ] {
         let before = bed.list();
         fs::write(bed.path("at/fault"), fault).expect("write");
-        let output = bed.with_fault(None);
+        let output = bed.with_fault(None, options);
         assert!(!output.status.success(), "{fault}: {output:?}");
         fs::remove_file(bed.path("at/fault")).expect("remove");
         assert_eq!(bed.list(), before, "{fault}");
@@ -342,7 +421,7 @@ fn a_supervisor_or_process_that_ends_at_any_step_makes_no_gap() {
     let requests = bed.state().requests;
     for at in 1..=requests {
         for fault in [Fault::EndBefore, Fault::EndAfter] {
-            bed.with_fault(Some((at, fault)));
+            bed.with_fault(Some((at, fault)), "");
             bed.back_up("");
             bed.assert_clean();
             bed.assert_marked_once();
@@ -356,7 +435,7 @@ fn a_supervisor_or_process_that_ends_at_any_step_makes_no_gap() {
     // If the merge cannot be, the backup exists all the same, and the next one ends it.
     bed.state().failing_merges = 5;
     let before = bed.list().len();
-    let output = bed.with_fault(None);
+    let output = bed.with_fault(None, "");
     assert_eq!(output.status.code(), Some(1), "{output:?}");
     assert_eq!(bed.list().len(), before + 1);
     assert!(bed.state().disks[0].overlay.is_some());
@@ -371,7 +450,7 @@ fn the_disk_of_a_guest_that_was_shut_down_is_merged() {
     let bed = Bed::new(&[("a.img", 51712)]);
     bed.back_up("");
     fs::write(bed.path("at/fault"), "before 1").expect("write");
-    bed.with_fault(None);
+    bed.with_fault(None, "");
     let disk = bed.state().disks.remove(0);
     let overlay = disk.overlay.clone().expect("a snapshot");
     fs::write(bed.path("content"), &disk.content).expect("write");
@@ -408,7 +487,7 @@ fn writes_that_a_started_guest_lacks_are_not_removed() {
         fs::create_dir_all(&random).expect("a folder");
         fs::write(random.join("boot_id"), "a").expect("write");
         fs::write(bed.path("at/fault"), "before 1").expect("write");
-        bed.with_fault(None);
+        bed.with_fault(None, "");
         fs::remove_file(bed.path("at/fault")).expect("remove");
         fs::write(random.join("boot_id"), boot).expect("write");
         let overlay = {
