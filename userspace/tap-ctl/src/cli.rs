@@ -398,6 +398,14 @@ pub(crate) enum Verb {
     Top(Top),
     /// Print what happens, from now on
     Events(Events),
+    /// Freeze a guest's file systems, and thaw them when the standard input ends, for backup
+    #[command(hide = true)]
+    FreezeGuard {
+        /// Guest and means, as JSON
+        means: String,
+        /// Longest time
+        seconds: u64,
+    },
     /// Print the guests and disks that may follow, for completion
     #[command(hide = true)]
     Complete {

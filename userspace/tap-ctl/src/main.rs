@@ -48,6 +48,7 @@ fn main() -> ExitCode {
         Verb::Status(asked) => return end(&cli, status::run(&cli, asked)),
         Verb::Doctor => return end(&cli, doctor::run(&cli)),
         Verb::Backup(asked) => return end(&cli, backup::run(&cli, asked)),
+        Verb::FreezeGuard { means, seconds } => return backup::freeze_guard(means, *seconds),
         Verb::Restore(asked) => backup::restore(&cli, asked),
         Verb::Generate { what } => completion::script(*what, SEE_ALSO)
             .and_then(|text| io::stdout().write_all(text.as_bytes()))
@@ -367,6 +368,7 @@ fn request(verb: &Verb) -> Result<Request, Failure> {
         | Verb::Lease { .. }
         | Verb::Backup(_)
         | Verb::Restore(_)
+        | Verb::FreezeGuard { .. }
         | Verb::Complete { .. }
         | Verb::Generate { .. } => Request::Top,
     })

@@ -6,6 +6,7 @@
 //! that it is undone; in both cases the disks return to the images that their configurations name.
 
 use super::folder::{self, BackupFolder, UNFINISHED};
+use super::freeze::FreezeMeans;
 use super::manifest::{BackupManifest, ENDING, VERSION};
 use super::merge;
 use super::tool::CopyTool;
@@ -31,6 +32,9 @@ pub(crate) struct BackupJournal {
     pub(crate) disks: Vec<JournalDisk>,
     /// Names of outdated backups, without their endings, which are removed once this one exists.
     pub(crate) outdated: Vec<String>,
+    /// Means by which the guest's file systems are frozen for the snapshot; nothing if they are not.
+    #[serde(default)]
+    pub(crate) frozen: Option<FreezeMeans>,
     /// MiB in a second, if there is a limit.
     pub(crate) rate: Option<u32>,
 }
@@ -76,6 +80,7 @@ impl BackupJournal {
             id,
             disks,
             outdated: Vec::new(),
+            frozen: None,
             rate,
         }
     }

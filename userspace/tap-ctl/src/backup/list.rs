@@ -57,13 +57,15 @@ pub(super) fn line(one: &BackupManifest) -> String {
     let allocated = known("allocated", one.allocated);
     let compression = one.compression.map_or("none", BackupCompression::name);
     format!(
-        "id={} at={} guest={} vdev={} kind={kind} size={}{data} file_size={}{allocated} compression={compression} file={}\n",
+        "id={} at={} guest={} vdev={} kind={kind} size={}{data} file_size={}{allocated} compression={compression} consistency={} \
+         file={}\n",
         one.id,
         utc(one.taken_ms),
         one.guest,
         one.vdev,
         one.size,
         one.file_size,
+        one.consistency.name(),
         one.file
     )
 }

@@ -44,10 +44,34 @@ pub(crate) struct BackupManifest {
     /// Compression of the data in that file; nothing if it is not compressed.
     #[serde(default)]
     pub(crate) compression: Option<BackupCompression>,
+    /// Agreement of the guest's file systems with that point in time.
+    #[serde(default)]
+    pub(crate) consistency: BackupConsistency,
     /// SHA-256 of that file, in hexadecimal digits.
     pub(crate) sha256: String,
     /// Dirty bitmap of the disk that began with this backup.
     pub(crate) mark: MarkName,
+}
+
+/// State of a guest's file systems in a backup.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum BackupConsistency {
+    /// As after a power cut: file systems replay their journals.
+    #[default]
+    Crash,
+    /// The guest's file systems were frozen at that moment (`--freeze`).
+    FileSystem,
+}
+
+impl BackupConsistency {
+    /// Returns its name, as in JSON.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Crash => "crash",
+            Self::FileSystem => "file-system",
+        }
+    }
 }
 
 impl BackupManifest {
@@ -159,7 +183,7 @@ pub(crate) fn outdated<'a>(
 
 #[cfg(test)]
 mod tests {
-    use super::{chain, newest, outdated, BackupManifest, VERSION};
+    use super::{chain, newest, outdated, BackupConsistency, BackupManifest, VERSION};
 
     /// Backups of web xvda, each with its parent.
     fn some(backups: &[(u64, Option<u64>)]) -> Vec<BackupManifest> {
@@ -177,6 +201,7 @@ mod tests {
             allocated: None,
             data_size: None,
             compression: None,
+            consistency: BackupConsistency::Crash,
             sha256: String::new(),
             mark: format!("backup-{number}").parse().expect("a name"),
         };
@@ -222,7 +247,7 @@ mod tests {
     fn a_manifest_of_an_older_program_is_read() {
         let mut text = serde_json::to_value(&some(&[(1, None)])[0]).expect("JSON");
         let fields = text.as_object_mut().expect("fields");
-        for name in ["allocated", "data_size", "compression"] {
+        for name in ["allocated", "data_size", "compression", "consistency"] {
             assert!(fields.remove(name).is_some(), "{name}");
         }
         let read: BackupManifest = serde_json::from_value(text).expect("a manifest");

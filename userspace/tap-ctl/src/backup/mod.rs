@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! `tap-ctl backup` and `restore`: copies of disks as of one instant, while their guest works.
 //!
-//! A backup writes its [journal], begins a dirty bitmap, and takes a snapshot, so that the disk's own image does not
-//! change. tapimg copies that to a new qcow2 image: all of it, or the changes since the last backup's dirty bitmap, over
+//! A backup writes its [journal], begins a dirty bitmap, has the guest's file systems [frozen](freeze) if the user wants
+//! that, and takes a snapshot, so that the disk's own image does not change. tapimg copies that to a new qcow2 image: all of it, or the changes since the last backup's dirty bitmap, over
 //! the last backup as the backing image. When the copy is verified and has its name, the journal gets its manifest. From
 //! then on the backup exists, and the [end](journal::settle) merges the guest's writes since the snapshot.
 
 mod folder;
+mod freeze;
 mod journal;
 mod list;
 mod manifest;
@@ -21,13 +22,16 @@ use crate::{ask, complain, print, say, something_else, Error};
 use control::supervisor::{Reply, Request};
 use control::{Code, Extent, Failure, Target};
 use folder::{digest, BackupFolder};
+pub(crate) use freeze::guard as freeze_guard;
+use freeze::{FreezeMeans, FrozenGuest};
 use journal::{settle, BackupJournal, PART};
-use manifest::{outdated, BackupManifest, VERSION};
+use manifest::{outdated, BackupConsistency, BackupManifest, VERSION};
 use plan::DiskPlan;
 pub(crate) use restore::restore;
 use serde::Serialize;
 use std::ffi::OsString;
 use std::process::ExitCode;
+use std::time::Duration;
 use tool::CopyTool;
 
 /// A backup that was taken.
@@ -78,6 +82,9 @@ pub(crate) fn run(cli: &Cli, asked: &Backup) -> Result<ExitCode, Error> {
 fn repair(cli: &Cli, tool: &CopyTool, folder: &BackupFolder) -> Result<RepairResult, Error> {
     let journal = folder.journal()?;
     if let Some(journal) = &journal {
+        if let Some(means) = journal.frozen.as_ref().filter(|_| !journal.is_done()) {
+            freeze::thaw_after_kill(means);
+        }
         settle(cli, tool, folder, journal)?;
     }
     Ok(RepairResult {
@@ -115,6 +122,9 @@ fn back_up(cli: &Cli, asked: &Backup) -> Result<(), Error> {
     let id = plans.first().map(|plan| plan.id.clone());
     let disks = plans.iter().map(|plan| plan.disk.clone()).collect();
     let mut journal = BackupJournal::new(id.unwrap_or_default(), disks, asked.rate);
+    if let Some(plan) = plans.first() {
+        journal.frozen = FreezeMeans::of(asked, &plan.guest)?;
+    }
     folder.keep_journal(&journal)?;
     let copied = copy_all(cli, asked, &tool, &folder, &plans, &mut journal);
     let copied = copied.and_then(|()| {
@@ -157,17 +167,47 @@ fn copy_all(
         ask(cli, &Request::Mark { which, name })?;
     }
     tool.check()?;
-    ask(cli, &freeze(journal)?)?;
-    let taken_ms = now_ms();
+    let taken_ms = snapshot(cli, asked, tool, journal)?;
+    let consistency = match journal.frozen {
+        None => BackupConsistency::Crash,
+        Some(_) => BackupConsistency::FileSystem,
+    };
     let mut manifests = Vec::new();
     for plan in plans {
         let copied = copy(cli, tool, folder, plan, asked.compress)?;
-        manifests.push(BackupManifest { taken_ms, ..copied });
+        manifests.push(BackupManifest {
+            taken_ms,
+            consistency,
+            ..copied
+        });
     }
     for (disk, manifest) in journal.disks.iter_mut().zip(manifests) {
         disk.done = Some(manifest);
     }
     Ok(())
+}
+
+/// Freezes the disks, with the guest's file systems if the user wants that. Returns the point in time in milliseconds since
+/// 1970.
+fn snapshot(
+    cli: &Cli,
+    asked: &Backup,
+    tool: &CopyTool,
+    journal: &BackupJournal,
+) -> Result<u64, Error> {
+    let request = freeze(journal)?;
+    let limit = Duration::from_secs(asked.freeze_limit);
+    let guest = match &journal.frozen {
+        None => None,
+        Some(means) => Some(FrozenGuest::freeze(means, limit, tool)?),
+    };
+    let taken = ask(cli, &request);
+    let taken_ms = now_ms();
+    // The guest waits, so nothing else comes first.
+    let thawed = guest.map_or(Ok(()), FrozenGuest::thaw);
+    taken?;
+    thawed?;
+    Ok(taken_ms)
 }
 
 /// Returns the request that switches all disks to new images at one instant.
@@ -229,6 +269,7 @@ fn copy(
         allocated: made.allocated,
         data_size: Some(made.copied),
         compression,
+        consistency: BackupConsistency::Crash,
         sha256,
         mark: disk.mark.clone(),
     })

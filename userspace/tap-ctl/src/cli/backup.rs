@@ -21,6 +21,7 @@ Examples:
   tap-ctl backup web xvda xvdb /backup --keep 7   # both at one instant
   tap-ctl backup web xvda /backup --scratch /srv  # of a volume
   tap-ctl backup web xvda /backup --compress      # takes less space, and longer
+  tap-ctl backup web xvda /backup --freeze        # its file systems agree
   tap-ctl backup verify /backup
   tap-ctl restore /backup qcow2:/srv/new.qcow2";
 
@@ -54,6 +55,17 @@ pub(crate) struct Backup {
     /// backups and others continue each other
     #[arg(long, value_name = "METHOD", num_args = 0..=1, require_equals = true, default_missing_value = "zlib")]
     pub(crate) compress: Option<BackupCompression>,
+    /// Have the guest's file systems frozen around that instant, so that they and their programs agree with it: by
+    /// QEMU's guest agent in the guest, which this socket leads to, /run/xentap/agent/GUEST if not said. No backup is
+    /// taken if they cannot be frozen
+    #[arg(long, value_name = "SOCKET", num_args = 0..=1, require_equals = true)]
+    pub(crate) freeze: Option<Option<PathBuf>>,
+    /// As --freeze, by a program, which is called as PROGRAM freeze GUEST and PROGRAM thaw GUEST
+    #[arg(long, value_name = "PROGRAM", conflicts_with = "freeze")]
+    pub(crate) freeze_by: Option<PathBuf>,
+    /// Longest time in seconds in which they stay frozen, and for each answer of the agent or program
+    #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=600))]
+    pub(crate) freeze_limit: u64,
     /// Folder for the guest's writes while the copy is made; that of the image if not said, needed for a block device
     #[arg(long, value_name = "FOLDER")]
     pub(crate) scratch: Option<PathBuf>,

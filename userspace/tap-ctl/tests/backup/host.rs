@@ -13,6 +13,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 /// Bytes of a disk, and of a unit of its dirty bitmaps.
 pub(crate) const SIZE: u64 = 1 << 20;
@@ -48,8 +49,11 @@ pub(crate) struct FakeDisk {
     pub(crate) shown: Option<(Target, Mode)>,
 }
 
+/// Function that gets the process that was started.
+pub(crate) type StartHook = Box<dyn Fn(u32) + Send>;
+
 /// Disks of the host, and faults to come.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub(crate) struct HostState {
     pub(crate) disks: Vec<FakeDisk>,
     /// Content of each disk at each snapshot, by the new image.
@@ -60,6 +64,16 @@ pub(crate) struct HostState {
     /// Merges that fail before one succeeds.
     pub(crate) failing_merges: u32,
     program: Option<u32>,
+    /// Called with each program that was started.
+    pub(crate) on_start: Option<StartHook>,
+    /// Exists while the guest's file systems are frozen.
+    pub(crate) frozen_file: PathBuf,
+    /// Whether they were frozen at each request for a snapshot.
+    pub(crate) frozen_at_snapshot: Vec<bool>,
+    /// Time that a snapshot takes.
+    pub(crate) slow_snapshot: Option<Duration>,
+    /// The fault of this program's run has happened.
+    has_failed: bool,
     next_mark: u64,
     chance: u64,
 }
@@ -165,14 +179,26 @@ impl HostState {
     /// Counts requests from now on, and does this at one of them.
     pub(crate) fn begin(&mut self, fault: Option<(usize, Fault)>) {
         (self.requests, self.fault) = (0, fault);
+        self.has_failed &= fault.is_none();
     }
 
     pub(crate) fn run_by(&mut self, program: u32) {
         self.program = Some(program);
+        if let Some(hook) = &self.on_start {
+            hook(program);
+        }
+    }
+
+    /// Whether the last fault has happened.
+    pub(crate) fn has_failed(&self) -> bool {
+        self.has_failed
     }
 
     /// The guest writes somewhere on each disk.
     pub(crate) fn load(&mut self) {
+        if self.frozen_file.exists() {
+            return;
+        }
         for disk in &mut self.disks {
             for _ in 0..3 {
                 self.chance = self
@@ -233,6 +259,10 @@ impl HostState {
 
     fn snapshots(&mut self, disks: &[(Which, Target)]) -> Result<Vec<Snapshot>, Failure> {
         let mut taken = Vec::new();
+        self.frozen_at_snapshot.push(self.frozen_file.exists());
+        if let Some(time) = self.slow_snapshot {
+            std::thread::sleep(time);
+        }
         for (which, target) in disks {
             let path = target.path().expect("a path").to_owned();
             let disk = self.disk(which)?;
@@ -328,6 +358,7 @@ pub(crate) fn serve(socket: &Path, state: Arc<Mutex<HostState>>) {
                     .fault
                     .filter(|(at, _)| *at == now)
                     .map(|(_, what)| what);
+                state.has_failed |= fault.is_some();
                 match fault {
                     Some(Fault::KillBefore) => {
                         state.kill();

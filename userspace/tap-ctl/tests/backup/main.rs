@@ -2,6 +2,8 @@
 //! `tap-ctl backup` and `restore` with the real tapimg, over disks whose guest writes during each step, and with a death
 //! at each step.
 
+mod agent;
+mod freeze;
 mod host;
 
 use control::supervisor::Mode;
@@ -69,6 +71,7 @@ impl Bed {
         fs::write(dir.path().join("at/tapimg"), WRAPPER).expect("write");
         mode(&dir.path().join("at/tapimg"), 0o755);
         let state = Arc::new(Mutex::new(HostState::default()));
+        state.lock().expect("the state").frozen_file = dir.path().join("at/frozen");
         for (name, device) in disks {
             let own = dir.path().join("srv").join(name);
             state.lock().expect("the state").add(own, *device);
@@ -88,7 +91,10 @@ impl Bed {
     fn run(&self, line: &str) -> Output {
         let words = line.split(' ').map(|word| match word {
             "DIR" => self.path("backup"),
-            word => PathBuf::from(word.replace("SRV", &self.path("srv").display().to_string())),
+            word => {
+                let at = |name: &str| self.path(name).display().to_string();
+                PathBuf::from(word.replace("SRV", &at("srv")).replace("{at}", &at("at")))
+            }
         });
         // No request is answered before the program is known.
         let mut state = self.state();
