@@ -1,9 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! A test machine: Xen and dom0 in QEMU, without hardware virtualisation, from one command line.
+//! A test machine: Xen and dom0 in QEMU, without hardware virtualisation, from one command line. A machine without Xen
+//! stands beside the tested one.
 //!
 //! A payload folder reaches dom0 as /t, and dom0 runs /t/run and powers off. This module gets the lines that /t/run
 //! writes to the device named by $REPORT; the consoles go to a log of their own, and a sign of a kernel fault in it
 //! fails the run whatever was reported.
+
+mod cable;
 
 use crate::artifacts::Machines;
 use crate::kernel::Dom0Kernel;
@@ -12,6 +15,7 @@ use crate::steps::{RunningStep, StepKind};
 use crate::stolen::{StealWatch, StolenTime};
 use crate::{build, cache, run};
 use anyhow::{bail, ensure, Context, Result};
+pub(crate) use cable::{HostCable, MachineHost};
 use nix::fcntl::Flock;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader};
@@ -38,6 +42,9 @@ const fn dom0_memory(kernel: Dom0Kernel) -> u32 {
 /// MiB for guests, and for Xen itself.
 const GUESTS_MEMORY: u32 = 2560;
 
+/// MiB of a machine without Xen.
+const BARE_MEMORY: u32 = 3072;
+
 /// Machine to boot, and its settings.
 #[derive(Debug)]
 pub(crate) struct Machine {
@@ -59,8 +66,8 @@ pub(crate) struct Machine {
     pub(crate) disks: Vec<PathBuf>,
     /// The disk of its root; without one, changes to the root are discarded.
     pub(crate) root: Option<PathBuf>,
-    /// Number of this host, if it is one of two.
-    pub(crate) host: Option<MachineHost>,
+    /// The network to another machine.
+    pub(crate) cable: Option<HostCable>,
     /// A plugin for QEMU; its output is `plugin.out` beside the console log.
     pub(crate) plugin: Option<PathBuf>,
     /// More arguments for the plugin.
@@ -76,13 +83,15 @@ pub(crate) enum Dom0 {
     Pv,
     /// PVH: dom0 does not know its machine addresses, so its devices need an IOMMU.
     Pvh,
+    /// There is no Xen: the kernel has the machine, which uses hardware virtualisation where the host offers it.
+    Bare,
 }
 
 impl Dom0 {
     /// Returns the IOMMU. Xen finds that of Intel also with a processor of AMD, and QEMU offers it only for q35.
     fn iommu(self) -> Option<&'static str> {
         match self {
-            Dom0::Pv => None,
+            Dom0::Pv | Dom0::Bare => None,
             Dom0::Pvh => Some("intel-iommu,intremap=off"),
         }
     }
@@ -90,7 +99,7 @@ impl Dom0 {
     /// Returns the option that puts a virtio device behind it.
     fn behind(self) -> &'static str {
         match self {
-            Dom0::Pv => "",
+            Dom0::Pv | Dom0::Bare => "",
             Dom0::Pvh => ",iommu_platform=on,disable-legacy=on",
         }
     }
@@ -98,49 +107,16 @@ impl Dom0 {
     /// Returns the option for Xen's command line.
     fn word(self) -> &'static str {
         match self {
-            Dom0::Pv => "",
+            Dom0::Pv | Dom0::Bare => "",
             Dom0::Pvh => "dom0=pvh",
         }
     }
-}
 
-/// One of two hosts with a network between them, and shared disks.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum MachineHost {
-    /// The host that runs from the beginning to the end.
-    First,
-    /// The host that goes down and comes back.
-    Second,
-}
-
-impl MachineHost {
-    /// The sockets of the network cable, in the folder of their first disk.
-    pub(crate) const FIRST: &str = "first";
-    const SECOND: &str = "second";
-
-    /// Returns the word from which dom0 learns which host it is.
-    fn word(self) -> &'static str {
+    /// Returns the words for its kernel's command line.
+    fn console(self) -> &'static str {
         match self {
-            MachineHost::First => "host=first",
-            MachineHost::Second => "host=second",
-        }
-    }
-
-    /// Returns the option for the network cable. Either end may come and go.
-    fn network(self) -> String {
-        let (own, other) = match self {
-            MachineHost::First => (MachineHost::FIRST, MachineHost::SECOND),
-            MachineHost::Second => (MachineHost::SECOND, MachineHost::FIRST),
-        };
-        format!(
-            "dgram,id=net,local.type=unix,local.path=/mnt/c/{own},remote.type=unix,remote.path=/mnt/c/{other}"
-        )
-    }
-
-    fn card(self) -> &'static str {
-        match self {
-            MachineHost::First => "virtio-net-pci,netdev=net,mac=52:54:00:00:00:01",
-            MachineHost::Second => "virtio-net-pci,netdev=net,mac=52:54:00:00:00:02",
+            Dom0::Pv | Dom0::Pvh => "console=hvc0",
+            Dom0::Bare => "console=ttyS0 noxen",
         }
     }
 }
@@ -234,7 +210,7 @@ impl Machine {
             checks: true,
             disks: Vec::new(),
             root: None,
-            host: None,
+            cable: None,
             plugin: None,
             plugin_args: String::new(),
             timeout: Duration::from_secs(600),
@@ -407,8 +383,11 @@ impl Machine {
             .bind(dir, "/mnt/b");
         // The build root has two more mount points for folders of disks.
         let mut places = ["/mnt/c", "/mnt/d"].into_iter();
-        let sharing = match self.host {
-            Some(_) => ",file.locking=off",
+        let sharing = match &self.cable {
+            Some(cable) => {
+                root = root.bind(&cable.folder, HostCable::PLACE);
+                ",file.locking=off"
+            }
             None => "",
         };
         let mut shown = |disk: &Path| {
@@ -426,7 +405,10 @@ impl Machine {
         let mut disks = vec![first, payload];
         disks.extend(self.disks.iter().map(|disk| shown(disk)));
         let mut qemu = root.command("nice");
-        let memory = dom0_memory(machines.kernel) + GUESTS_MEMORY;
+        let memory = match self.dom0 {
+            Dom0::Pv | Dom0::Pvh => dom0_memory(machines.kernel) + GUESTS_MEMORY,
+            Dom0::Bare => BARE_MEMORY,
+        };
         // The clock of a machine runs while it waits for the host, and so do time limits (40 s of libxl for a script),
         // so it has priority over compilers. Counted time stands still then, so such a machine has low priority.
         let class = if self.icount { "5" } else { "-15" };
@@ -442,6 +424,38 @@ impl Machine {
             "none",
             "-no-reboot",
         ]);
+        match self.dom0 {
+            Dom0::Pv | Dom0::Pvh => self.add_xen(&mut qemu, machines.kernel),
+            Dom0::Bare => self.add_kernel(&mut qemu),
+        }
+        let behind = self.dom0.behind();
+        if let Some(iommu) = self.dom0.iommu() {
+            // Before the devices behind it.
+            qemu.args(["-device", iommu]);
+        }
+        for (number, disk) in disks.iter().enumerate() {
+            let drive = format!("if=none,id=disk{number},{disk}");
+            let device = format!("virtio-blk-pci,drive=disk{number}{behind}");
+            qemu.args(["-drive", &drive, "-device", &device]);
+        }
+        if let Some(HostCable { host, .. }) = &self.cable {
+            let card = format!("{}{behind}", host.card());
+            qemu.args(["-netdev", &host.network(), "-device", &card]);
+        }
+        if self.plugin.is_some() {
+            let mut plugin = String::from("/mnt/b/plugin.so,out=/mnt/b/plugin.out");
+            if !self.plugin_args.is_empty() {
+                plugin = format!("{plugin},{}", self.plugin_args);
+            }
+            qemu.args(["-plugin", &plugin]);
+        }
+        qemu.args(["-device", &format!("virtio-serial-pci{behind}")]);
+        qemu.args(["-device", "virtserialport,chardev=report,name=report"]);
+        qemu
+    }
+
+    /// Adds the processors, Xen, and dom0's kernel.
+    fn add_xen(&self, qemu: &mut Command, kernel: Dom0Kernel) {
         // rdrand: without it the hotplug scripts wait a minute for entropy.
         qemu.args(["-cpu", "qemu64,+svm,+npt,+rdrand,+rdseed"]);
         if self.icount {
@@ -461,37 +475,21 @@ impl Machine {
             "-kernel",
             "/mnt/a/xen",
             "-append",
-            &self.xen_command_line(machines.kernel),
+            &self.xen_command_line(kernel),
         ]);
         let dom0 = format!(
             "/mnt/a/vmlinuz {},/mnt/a/dom0.cpio",
             self.dom0_command_line()
         );
         qemu.args(["-initrd", &dom0]);
-        let behind = self.dom0.behind();
-        if let Some(iommu) = self.dom0.iommu() {
-            // Before the devices behind it.
-            qemu.args(["-device", iommu]);
-        }
-        for (number, disk) in disks.iter().enumerate() {
-            let drive = format!("if=none,id=disk{number},{disk}");
-            let device = format!("virtio-blk-pci,drive=disk{number}{behind}");
-            qemu.args(["-drive", &drive, "-device", &device]);
-        }
-        if let Some(host) = self.host {
-            let card = format!("{}{behind}", host.card());
-            qemu.args(["-netdev", &host.network(), "-device", &card]);
-        }
-        if self.plugin.is_some() {
-            let mut plugin = String::from("/mnt/b/plugin.so,out=/mnt/b/plugin.out");
-            if !self.plugin_args.is_empty() {
-                plugin = format!("{plugin},{}", self.plugin_args);
-            }
-            qemu.args(["-plugin", &plugin]);
-        }
-        qemu.args(["-device", &format!("virtio-serial-pci{behind}")]);
-        qemu.args(["-device", "virtserialport,chardev=report,name=report"]);
-        qemu
+    }
+
+    /// Adds the processors and the kernel of a machine without Xen.
+    fn add_kernel(&self, qemu: &mut Command) {
+        // The second accelerator is for hosts that do not offer the first one.
+        qemu.args(["-cpu", "max", "-accel", "kvm", "-accel", "tcg"]);
+        qemu.args(["-kernel", "/mnt/a/vmlinuz", "-initrd", "/mnt/a/dom0.cpio"]);
+        qemu.args(["-append", &self.dom0_command_line()]);
     }
 
     fn xen_command_line(&self, kernel: Dom0Kernel) -> String {
@@ -506,9 +504,12 @@ impl Machine {
     }
 
     fn dom0_command_line(&self) -> String {
-        let line = String::from("console=hvc0 root=/dev/vda");
+        let line = format!("{} root=/dev/vda", self.dom0.console());
         let line = join(line, if self.checks { CHECKS } else { "panic=-1" });
-        let line = join(line, self.host.map_or("", MachineHost::word));
+        let line = join(
+            line,
+            self.cable.as_ref().map_or("", |cable| cable.host.word()),
+        );
         join(line, &self.dom0_args)
     }
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! A second host beside the tested one: the tests shut it down, and it comes back.
+//! A second machine beside the tested one: the tests may shut it down, and it comes back.
 
 use crate::artifacts::Machines;
 use crate::machine::{Machine, MachineHost};
@@ -24,21 +24,21 @@ pub(crate) fn keep(
     payload: &Path,
     end: &Receiver<()>,
 ) -> Result<()> {
+    let cable = machine.cable.as_ref();
+    let cable = cable.context("the machine has no network")?;
     ensure!(
-        machine.host == Some(MachineHost::Second),
-        "the machine is not the second host"
+        cable.host == MachineHost::Second,
+        "the machine is not the second one"
     );
     let (dir, _folder) = machine.prepare(payload)?;
     let console = dir.join("console.log");
-    let disk = machine.disks.first();
-    let first = disk
-        .context("the hosts share no disk")?
-        .with_file_name(MachineHost::FIRST);
     // It waits for its turn, and this machine would have the processors in the time until then.
-    while !first.exists() {
+    while !cable.has_first() {
         match end.recv_timeout(LOOK) {
             Err(RecvTimeoutError::Timeout) => (),
-            Ok(()) | Err(RecvTimeoutError::Disconnected) => bail!("the first host never came up"),
+            Ok(()) | Err(RecvTimeoutError::Disconnected) => {
+                bail!("the first machine never came up")
+            }
         }
     }
     for _ in 0..ENOUGH {
@@ -55,14 +55,14 @@ pub(crate) fn keep(
                 let complaint = fs::read_to_string(dir.join("qemu.log"))?;
                 ensure!(
                     status.success(),
-                    "QEMU of the second host failed ({status}): {complaint}"
+                    "QEMU of the second machine failed ({status}): {complaint}"
                 );
                 break;
             }
             match end.recv_timeout(LOOK) {
                 Err(RecvTimeoutError::Timeout) => (),
                 Ok(()) | Err(RecvTimeoutError::Disconnected) => {
-                    child.kill().context("cannot end the second host")?;
+                    child.kill().context("cannot end the second machine")?;
                     child.wait()?;
                     return judge(&console);
                 }
@@ -71,7 +71,7 @@ pub(crate) fn keep(
     }
     judge(&console)?;
     bail!(
-        "the second host went down {ENOUGH} times; its log is {}",
+        "the second machine went down {ENOUGH} times; its log is {}",
         console.display()
     )
 }
@@ -82,7 +82,7 @@ fn judge(console: &Path) -> Result<()> {
     match splats.first() {
         None => Ok(()),
         Some(first) => bail!(
-            "a kernel or Xen of the second host complained ({} lines), first: {first}; the whole log is {}",
+            "a kernel or Xen of the second machine complained ({} lines), first: {first}; the whole log is {}",
             splats.len(),
             console.display()
         ),

@@ -4,12 +4,13 @@
 //! One static binary with several modes: `run` executes the cases in dom0, `agent` executes commands in the guests that
 //! the cases start, `history` loads a disk there and judges its reads, `reread` checks later whether the data stays,
 //! `crash-kernel` gives a guest another kernel to write a dump, `demo` tells the whole story of one disk to a person,
-//! `peer` and `reach` are a second host and the way to it.
+//! `peer` and `reach` are a second host and the way to it, `cluster` is a cluster of Ceph beside it.
 
 mod agent;
 mod backing;
 mod boot;
 mod cases;
+mod cluster;
 mod console;
 mod crash;
 mod demo;
@@ -91,6 +92,11 @@ enum Face {
     },
     /// Be the second of two hosts: execute the commands of the first one.
     Peer,
+    /// Be a cluster of Ceph: bring it up, and execute the commands of the Xen host.
+    Cluster {
+        /// The disk below its storage; what is on it is lost.
+        disk: String,
+    },
     /// Execute a command on the other host, with this standard input and output.
     Reach {
         /// Its address.
@@ -201,6 +207,7 @@ fn start() -> Result<ExitCode> {
         Face::Agent { in_system: false } => agent::main().map(|()| ExitCode::SUCCESS),
         Face::Agent { in_system: true } => agent::in_system().map(|()| ExitCode::SUCCESS),
         Face::Peer => peer::main().map(|()| ExitCode::SUCCESS),
+        Face::Cluster { disk } => cluster::main(&disk).map(|()| ExitCode::SUCCESS),
         Face::Reach { address, command } => {
             peer::reach(&address, &command).map(|()| ExitCode::SUCCESS)
         }

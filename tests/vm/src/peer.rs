@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! Two hosts on a network with nothing else: how the first one executes commands on the second one, and how guests move
-//! from one to the other. A command is a line over TCP; its standard input follows, and its output comes back.
+//! Two machines on a network with nothing else: how the first one executes commands on the second one, and how guests move
+//! from one to the other if both are Xen hosts. A command is a line over TCP; its standard input follows, and its output comes back.
 
 use crate::{sh, tap};
 use anyhow::{bail, ensure, Context, Result};
@@ -56,15 +56,20 @@ impl PeerHost {
         sh::modprobe("virtio_net", &[])?;
         // The card gets another name as soon as it exists.
         sh::run(&["udevadm", "settle"])?;
-        let names = fs::read_dir("/sys/class/net")?;
-        let mut names = names.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
-        let card = names.find(|name| name != "lo");
-        let card = card.context("there is no network card")?;
+        let card = card()?;
         let address = format!("{}/24", self.address());
         sh::run(&["ip", "addr", "add", &address, "dev", &card])?;
         sh::run(&["ip", "link", "set", &card, "up"])?;
         TcpListener::bind((self.address(), PORT)).context("cannot listen to the other host")
     }
+}
+
+/// Returns the name of the network card.
+pub(crate) fn card() -> Result<String> {
+    let names = fs::read_dir("/sys/class/net")?;
+    let mut names = names.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+    let card = names.find(|name| name != "lo");
+    card.context("there is no network card")
 }
 
 /// Runs as the second host until the first one ends it.

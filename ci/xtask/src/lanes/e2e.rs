@@ -1,14 +1,17 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! The tests that run in a Xen machine: one boot, many tests.
 
+mod ceph;
+
 use crate::artifacts::Machines;
 use crate::build;
 use crate::kernel::Dom0Kernel;
 use crate::ktap;
-use crate::machine::{Dom0, Machine, MachineHost, RunOutcome};
+use crate::machine::{Dom0, HostCable, Machine, MachineHost, RunOutcome};
 use crate::tally::TestTally;
 use crate::{artifacts, package, payload, peer_machine, run};
 use anyhow::{Context, Result};
+pub(super) use ceph::ceph;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -207,13 +210,11 @@ const SHARED: u64 = 64 << 20;
 pub(super) fn hosts(tally: &mut TestTally, seed: Option<u64>) -> Result<()> {
     let script = format!(
         "case \" $(cat /proc/cmdline) \" in *\" host=second \"*) exec /t/vmtest peer ;; esac\n\
-         exec /t/vmtest run --hosts --nightly{}\n",
+         exec /t/vmtest run --beside host --nightly{}\n",
         words(seed)
     );
     let payload = with_everything("hosts", &script, Dom0Kernel::Stock)?;
-    let folder = build::repository()?.join("target/vm/hosts.shared");
-    run::remove_tree(&folder)?;
-    fs::create_dir_all(&folder)?;
+    let folder = shared_folder("hosts")?;
     // The image, and the record of its lease.
     let disks = ["disk.raw", "lease.raw"].map(|name| folder.join(name));
     for disk in &disks {
@@ -222,24 +223,48 @@ pub(super) fn hosts(tally: &mut TestTally, seed: Option<u64>) -> Result<()> {
     let host = |name, host| {
         let mut machine = machine(name);
         machine.disks = disks.to_vec();
-        machine.host = Some(host);
+        machine.cable = Some(HostCable {
+            host,
+            folder: folder.clone(),
+        });
         machine
     };
+    let both = [
+        host("hosts", MachineHost::First),
+        host("hosts-second", MachineHost::Second),
+    ];
     let machines = artifacts::machines(Dom0Kernel::Stock)?;
-    let second = host("hosts-second", MachineHost::Second);
+    two_machines(tally, both, &machines, &payload);
+    Ok(())
+}
+
+/// Makes an empty folder for what two machines share.
+fn shared_folder(name: &str) -> Result<PathBuf> {
+    let folder = build::repository()?.join(format!("target/vm/{name}.shared"));
+    run::remove_tree(&folder)?;
+    fs::create_dir_all(&folder)?;
+    Ok(folder)
+}
+
+/// Boots two machines with one payload, counts the tests that the first one reports, and judges both consoles.
+fn two_machines(
+    tally: &mut TestTally,
+    [first, second]: [Machine; 2],
+    machines: &Machines,
+    payload: &Path,
+) {
+    let name = first.name.clone();
     let (ended, end) = channel();
     let (outcome, second) = thread::scope(|scope| {
-        let second = scope.spawn(|| peer_machine::keep(&second, &machines, &payload, &{ end }));
-        let first = host("hosts", MachineHost::First);
-        let outcome = report(tally, first, Dom0Kernel::Stock, &payload, |_| ());
+        let second = scope.spawn(|| peer_machine::keep(&second, machines, payload, &{ end }));
+        let outcome = report_on(tally, first, machines, payload, |_| ());
         drop(ended);
         (outcome, second.join())
     });
-    consoles(tally, "hosts", outcome);
+    consoles(tally, &name, outcome);
     let second =
-        second.unwrap_or_else(|_| Err(anyhow::anyhow!("the second host's thread panicked")));
-    tally.check("hosts.second-console-is-clean", second);
-    Ok(())
+        second.unwrap_or_else(|_| Err(anyhow::anyhow!("the second machine's thread panicked")));
+    tally.check(&format!("{name}.second-console-is-clean"), second);
 }
 
 /// A part of the packages' life on a host with systemd, which boots for each.

@@ -54,6 +54,8 @@ const PARTS: &[(&str, LanePart)] = &[
     ("life", LanePart::Own(e2e::life)),
     // Two machines at once.
     ("hosts", LanePart::Own(e2e::hosts)),
+    // A cluster of Ceph, and a host with disks on it.
+    ("ceph", LanePart::Own(e2e::ceph)),
     // A kernel with its own checks.
     (
         "debug",

@@ -8,7 +8,7 @@
 
 use super::lease::break_lease;
 use super::tap::{end_load, same, start_load_with, wait_progress, VDEV};
-use super::{Case, Context, SharedGuest};
+use super::{Case, Context, SecondMachine, SharedGuest};
 use crate::console::{Console, GuestJob};
 use crate::guest::{log_path, AttachedVbd, Config, Guest, GuestKind};
 use crate::peer::{self, PeerHost};
@@ -37,7 +37,7 @@ pub(super) fn cases() -> Vec<Case> {
             .supervised()
             .no_leaks()
             .nightly()
-            .hosts()
+            .beside(SecondMachine::Host)
     };
     vec![
         case(

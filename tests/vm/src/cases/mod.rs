@@ -5,6 +5,7 @@ mod backup;
 mod basic;
 mod beside;
 mod boot;
+mod ceph;
 mod checked;
 mod cow;
 mod death;
@@ -64,7 +65,7 @@ use crate::{guest, peer, seed, sh, xs, TestedDriver};
 use anyhow::{bail, ensure, Context as _, Result};
 pub(crate) use retry::outlive_emulator;
 use retry::Attempt;
-pub(crate) use selection::Selection;
+pub(crate) use selection::{SecondMachine, Selection};
 use std::fmt;
 use std::path::Path;
 use std::process::ExitCode;
@@ -110,8 +111,8 @@ pub(crate) struct Case {
     pub(crate) faulty: bool,
     /// Whether it needs a kernel with its own checks.
     pub(crate) checked: bool,
-    /// Whether it needs a second host.
-    pub(crate) hosts: bool,
+    /// The second machine that it needs.
+    pub(crate) beside: SecondMachine,
     /// Words that the case's problems must contain; then it has passed. Empty for most cases.
     pub(crate) finds: &'static [&'static str],
     /// The case itself.
@@ -138,7 +139,7 @@ impl Case {
             supervised: false,
             faulty: false,
             checked: false,
-            hosts: false,
+            beside: SecondMachine::None,
             finds: &[],
             run: Box::new(run),
         }
@@ -174,12 +175,9 @@ impl Case {
         }
     }
 
-    /// Returns the case as one that needs a second host.
-    fn hosts(self) -> Case {
-        Case {
-            hosts: true,
-            ..self
-        }
+    /// Returns the case as one that needs this second machine.
+    fn beside(self, beside: SecondMachine) -> Case {
+        Case { beside, ..self }
     }
 
     /// Returns the case as one that passes if it has these problems.
@@ -516,6 +514,7 @@ pub(crate) fn all() -> Vec<Case> {
         export::cases(),
         lease::cases(),
         hosts::cases(),
+        ceph::cases(),
         reservation::cases(),
         images::cases(),
         permission::cases(),
@@ -540,7 +539,7 @@ pub(crate) fn run(selection: &Selection, driver: TestedDriver) -> Result<ExitCod
         .into_iter()
         .filter(|case| selection.means(&case.name, case.nightly))
         .filter(|case| !case.checked || selection.checked_kernel)
-        .filter(|case| case.hosts == selection.hosts)
+        .filter(|case| case.beside == selection.beside)
         .collect();
     if cases.is_empty() {
         let only = selection.only();
@@ -570,7 +569,7 @@ fn run_all(cases: &[Case], context: &mut Context) -> Result<ExitCode> {
     if context.driver == TestedDriver::Rs {
         crate::tap::end_supervisor()?;
     }
-    if cases.iter().any(|case| case.hosts) {
+    if cases.iter().any(|case| case.beside != SecondMachine::None) {
         begin_hosts()?;
     }
     load_driver(context.driver)?;
@@ -601,7 +600,7 @@ fn run_all(cases: &[Case], context: &mut Context) -> Result<ExitCode> {
     })
 }
 
-/// Makes this machine the first of two hosts, which executes the commands of the second one.
+/// Makes this machine the first of two, which executes the commands of the second one.
 fn begin_hosts() -> Result<()> {
     let listener = peer::PeerHost::First.become_this()?;
     std::thread::spawn(move || {

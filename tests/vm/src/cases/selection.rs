@@ -1,6 +1,17 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! Selection of the cases of a run.
 
+/// Machine beside the one where the cases run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum SecondMachine {
+    /// There is none.
+    None,
+    /// Another Xen host.
+    Host,
+    /// A cluster of Ceph.
+    Cluster,
+}
+
 /// The cases that a command line names. Patterns are separated by commas, and `*` in one matches
 /// anything.
 #[derive(Debug, clap::Args)]
@@ -17,9 +28,9 @@ pub(crate) struct Selection {
     /// Run also those cases that need a kernel with its own checks: dom0 has one.
     #[arg(long)]
     pub(super) checked_kernel: bool,
-    /// Run the cases that need a second host, and no others: there is one.
-    #[arg(long)]
-    pub(super) hosts: bool,
+    /// Run the cases that need this second machine, and no others.
+    #[arg(long, value_enum, default_value = "none")]
+    pub(super) beside: SecondMachine,
 }
 
 impl Selection {
@@ -55,7 +66,7 @@ fn matches(pattern: &str, name: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::{matches, Selection};
+    use super::{matches, SecondMachine, Selection};
 
     #[test]
     fn patterns() {
@@ -73,7 +84,7 @@ mod tests {
             except: except.into(),
             nightly,
             checked_kernel: false,
-            hosts: false,
+            beside: SecondMachine::None,
         };
         let cases = [("a", false), ("b", false), ("c", true), ("d", true)];
         let meant = cases

@@ -1,0 +1,81 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+//! A cluster of Ceph in the second machine: how it comes up, and how a host uses it. The host's user is `client.xen`, who
+//! has the rights of the profile `rbd` and no others; commands over the network act as the cluster's administrator.
+
+use crate::peer::{self, PeerHost};
+use crate::sh;
+use anyhow::{Context, Result};
+use std::time::Duration;
+
+/// The script that brings it up, in the payload.
+const SCRIPT: &str = "/t/ceph-cluster.sh";
+/// Time in which it must come up, without hardware virtualisation as well.
+const UP: Duration = Duration::from_secs(600);
+/// Limit for a command, and for the cluster to heal.
+const LIMIT: Duration = Duration::from_secs(240);
+/// The pool of the disks.
+pub(crate) const POOL: &str = "vms";
+/// Files that the host needs.
+const CLIENT: [&str; 2] = ["/etc/ceph/ceph.conf", "/etc/ceph/ceph.client.xen.keyring"];
+
+/// Runs as the cluster until the host ends it.
+pub(crate) fn main(disk: &str) -> Result<()> {
+    let listener = PeerHost::Second.become_this()?;
+    let address = PeerHost::Second.address();
+    sh::run_for(&["bash", SCRIPT, address, disk], UP).context("there is no cluster")?;
+    peer::serve(&listener)
+}
+
+/// Waits until the cluster has three copies of everything, and makes this machine a client.
+pub(crate) fn ready() -> Result<()> {
+    sh::wait_for("a cluster of Ceph in the other machine", UP, || {
+        Ok(matches!(peer::status("ceph -s"), Ok((rc, _)) if rc == "0"))
+    })?;
+    wait_clean()?;
+    std::fs::create_dir_all("/etc/ceph").context("cannot make /etc/ceph")?;
+    for file in CLIENT {
+        let text = peer::run(&format!("cat {file}"))?;
+        std::fs::write(file, text).with_context(|| format!("cannot write {file}"))?;
+    }
+    Ok(())
+}
+
+/// Waits until all OSDs are up, and all objects have all copies.
+pub(crate) fn wait_clean() -> Result<()> {
+    const CLEAN: &str = "ceph osd stat | grep '3 osds: 3 up' && ceph pg stat | grep -E '^([0-9]+) pgs: \\1 active\\+clean;'";
+    sh::wait_for("a cluster with all copies", LIMIT, || {
+        Ok(peer::status(CLEAN)?.0 == "0")
+    })
+}
+
+/// Waits until this number of OSDs is up.
+pub(crate) fn wait_osds(up: u32) -> Result<()> {
+    let line = format!("ceph osd stat | grep ' {up} up'");
+    sh::wait_for(&format!("{up} OSDs that are up"), LIMIT, || {
+        Ok(peer::status(&line)?.0 == "0")
+    })
+}
+
+/// Kills an OSD.
+pub(crate) fn kill_osd(id: u32) -> Result<()> {
+    peer::run(&format!("kill -9 $(cat /run/ceph/osd.{id}.pid)")).map(drop)
+}
+
+/// Starts an OSD that was killed.
+pub(crate) fn start_osd(id: u32) -> Result<()> {
+    peer::run(&format!("ceph-osd -i {id} --conf /etc/ceph/daemons.conf")).map(drop)
+}
+
+/// Runs `rbd` as the host's user, and returns its output.
+pub(crate) fn rbd(words: &[&str]) -> Result<String> {
+    let command = [&["rbd", "--id", "xen"], words].concat();
+    sh::run_for(&command, LIMIT)
+}
+
+/// Returns the sha256 of an image as another client reads it, in the other machine and without the kernel's driver.
+pub(crate) fn sha256(image: &str) -> Result<String> {
+    let line = format!("set -o pipefail; rbd export --no-progress {image} - | sha256sum");
+    let text = peer::run(&line)?;
+    let sum = text.split_whitespace().next();
+    Ok(sum.unwrap_or_default().to_owned())
+}
