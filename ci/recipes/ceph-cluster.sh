@@ -55,18 +55,29 @@ daemon ceph-mon --mkfs -i a --monmap $store/monmap --keyring $store/mon.keyring
 daemon ceph-mon -i a
 ceph auth get-or-create mgr.x mon 'allow profile mgr' osd 'allow *' mds 'allow *' -o $store/mgr/keyring
 daemon ceph-mgr -i x
+# Registers an OSD, and gives it its key.
 add_osd() {
 	local id=$1 uuid secret
 	uuid=$(cat /proc/sys/kernel/random/uuid)
 	secret=$(ceph-authtool --gen-print-key)
 	mkdir "$store/osd.$id"
+	echo "$uuid" >"$store/osd.$id/uuid"
 	echo "{\"cephx_secret\": \"$secret\"}" | ceph osd new "$uuid" "$id" -i -
 	ceph-authtool --create-keyring "$store/osd.$id/keyring" -n "osd.$id" --add-key "$secret"
-	daemon ceph-osd -i "$id" --mkfs --osd-uuid "$uuid"
-	daemon ceph-osd -i "$id"
 }
+# Formats an OSD, and starts it. Returns when it is up, most of which it waits.
+start_osd() {
+	daemon ceph-osd -i "$1" --mkfs --osd-uuid "$(cat "$store/osd.$1/uuid")"
+	daemon ceph-osd -i "$1"
+}
+starting=()
 for id in 0 1 2; do
 	add_osd $id
+	start_osd $id &
+	starting+=($!)
+done
+for process in "${starting[@]}"; do
+	wait "$process"
 done
 
 # The pool of disks, and a user with no more than the right to use images.

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 /// The script that brings it up, in the payload.
 const SCRIPT: &str = "/t/ceph-cluster.sh";
-/// Time in which it must come up, without hardware virtualisation as well.
+/// Time in which it must come up, in emulation.
 const UP: Duration = Duration::from_secs(600);
 /// Limit for a command, and for the cluster to heal.
 const LIMIT: Duration = Duration::from_secs(240);
