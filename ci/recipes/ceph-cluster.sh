@@ -7,7 +7,7 @@ set -eu
 address=$1 disk=$2
 store=/var/lib/ceph
 mkfs.ext4 -q "$disk"
-mkdir -p $store /etc/ceph /run/ceph
+mkdir -p $store /etc/ceph /run/ceph /var/log/ceph
 mount "$disk" $store
 mkdir $store/mon $store/mgr
 
