@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 
 /// Part of an image that a load uses, in MiB.
 const LOADED: u32 = 16;
-/// Limit for requests to go on once the cluster can serve them.
+/// Limit for the answers of waiting requests once the cluster serves again.
 const GO_ON: Duration = Duration::from_secs(120);
 /// Time for which the host has no network.
 const CUT: Duration = Duration::from_secs(60);

@@ -16,31 +16,31 @@ use std::time::Duration;
 /// Behaviour of the agent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum AgentKind {
-    /// It does what it should.
+    /// The agent does what it should.
     Good,
-    /// It answers nothing at all.
+    /// The agent answers nothing at all.
     Silent,
-    /// It sends bytes without an end.
+    /// The agent sends bytes without an end.
     Floods,
     /// Lines that are no answers, and answers to others, come before each of its own.
     Chatters,
-    /// It refuses to freeze, with control characters.
+    /// The agent refuses to freeze, with control characters.
     Refuses,
-    /// It answers a freeze with a line without an end.
+    /// The agent answers a freeze with a line without an end.
     Endless,
-    /// It answers a freeze with something else.
+    /// The agent answers a freeze with something else.
     Nonsense,
-    /// It freezes nothing, and says so.
+    /// The agent freezes nothing, and says so.
     Nothing,
-    /// It freezes, and ends its connection in place of an answer; the next one works.
+    /// The agent freezes, and ends its connection in place of an answer; the next one works.
     Dies,
-    /// It freezes, and answers five seconds later.
+    /// The agent freezes, and answers five seconds later.
     Late,
-    /// It freezes, and has the program ended by a signal in place of an answer.
+    /// The agent freezes, and has the program ended by a signal in place of an answer.
     Signals,
-    /// It freezes, and the program and its guard are killed.
+    /// The agent freezes, and the program and its guard are killed.
     Kills,
-    /// It thaws on its own a moment after the freeze.
+    /// The agent thaws on its own a moment after the freeze.
     Forgets,
 }
 

@@ -28,12 +28,12 @@ const PAUSE: Duration = Duration::from_millis(500);
 pub(super) enum GuardReport {
     /// The file systems are frozen.
     Frozen,
-    /// They were frozen until just now, and are not any more.
+    /// The file systems were frozen until just now, and are not any more.
     Thawed,
-    /// They were not frozen, or not long enough. Nothing follows.
+    /// The file systems were not frozen, or not long enough. Nothing follows.
     Failed {
         why: String,
-        /// They are not frozen now, as far as is known.
+        /// True if the file systems are not frozen now, as far as is known.
         is_thawed: bool,
     },
 }
