@@ -53,7 +53,7 @@ const SESSIONS: &[RecordedSession] = &[
         "A disk served by NBD",
         "Any NBD client reads the image, without Xen.",
         &[
-            "tapimg serve aio:b.img b.sock & server=$!; for i in $(seq 600); do [ -S b.sock ] && break; sleep 0.1; done",
+            "tapimg serve aio:b.img b.sock >b.log 2>&1 & server=$!; for i in $(seq 600); do [ -s b.log ] && break; sleep 0.1; done; cat b.log",
             "nbdinfo --size 'nbd+unix:///?socket=b.sock'",
             "nbdinfo --can write 'nbd+unix:///?socket=b.sock' && echo yes",
             "kill $server; wait $server; echo ended",
@@ -67,7 +67,25 @@ const SESSIONS: &[RecordedSession] = &[
             "qemu-io -f qcow2 -c 'write -q -P 7 1M 64k' child.qcow2",
             "tapimg map qcow2:child.qcow2",
             "tapimg commit qcow2:child.qcow2",
-            "rm child.qcow2; cmp -n 1 b.img /dev/zero -i 1048576:0",
+            "rm child.qcow2; tail -c +1048577 b.img | head -c 4 | od -An -tu1",
+        ],
+    ),
+    (
+        "A golden image and a clone",
+        "The clone takes room for its own changes only, and may be larger.",
+        &[
+            "tapimg create qcow2:golden.qcow2 1G && chmod a-w golden.qcow2",
+            "tapimg create qcow2:web1.qcow2 --parent qcow2:golden.qcow2",
+            "tapimg resize qcow2:web1.qcow2 2G",
+            "tapimg info qcow2:web1.qcow2 | grep -v space",
+        ],
+    ),
+    (
+        "A lease",
+        "A disk on storage of many hosts has a record of the host that may write it. This one has never been used.",
+        &[
+            "tap-ctl lease show \"$PWD/b.img\"",
+            "tap-ctl lease break \"$PWD/b.img\" --holder-is-dead 7",
         ],
     ),
     (
@@ -76,7 +94,7 @@ const SESSIONS: &[RecordedSession] = &[
         &[
             "qemu-img create -q -f qcow2 c.qcow2 1M && qemu-img bitmap --add c.qcow2 monday",
             "qemu-io -f qcow2 -c 'write -q 128k 64k' c.qcow2",
-            "tapimg serve qcow2:c.qcow2 c.sock & server=$!; for i in $(seq 600); do [ -S c.sock ] && break; sleep 0.1; done",
+            "tapimg serve qcow2:c.qcow2 c.sock >c.log 2>&1 & server=$!; for i in $(seq 600); do [ -s c.log ] && break; sleep 0.1; done; cat c.log",
             "nbdinfo --map=qemu:dirty-bitmap:monday 'nbd+unix:///?socket=c.sock'",
             "kill $server; wait $server; echo ended",
         ],
@@ -88,6 +106,7 @@ const SESSIONS: &[RecordedSession] = &[
             "mkdir backup",
             "tap-ctl backup 3 xvda backup",
             "tap-ctl backup 3 xvda backup --compress",
+            "tap-ctl backup list backup",
             "tap-ctl backup verify backup",
             "tap-ctl restore backup aio:restored.img",
         ],
