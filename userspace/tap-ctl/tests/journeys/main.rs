@@ -37,7 +37,7 @@ const SESSIONS: &[RecordedSession] = &[
         &[
             "tapimg create qcow2:a.qcow2 1G",
             "tapimg check qcow2:a.qcow2",
-            "tapimg info qcow2:a.qcow2 | grep -v space",
+            "tapimg info qcow2:a.qcow2 | grep -v 'space in use'",
         ],
     ),
     (
@@ -77,7 +77,7 @@ const SESSIONS: &[RecordedSession] = &[
             "tapimg create qcow2:golden.qcow2 1G && chmod a-w golden.qcow2",
             "tapimg create qcow2:web1.qcow2 --parent qcow2:golden.qcow2",
             "tapimg resize qcow2:web1.qcow2 2G",
-            "tapimg info qcow2:web1.qcow2 | grep -v space",
+            "tapimg info qcow2:web1.qcow2 | grep -v 'space in use'",
         ],
     ),
     (
