@@ -471,7 +471,8 @@ fn s13_hung(context: &mut Context) -> Result<()> {
         let minor: u32 = tap::ctl(&arguments)?.trim().parse()?;
         let guest = context.pv()?;
         let disk = ServedDisk::attach(guest, &hotplug::played(minor, VDEV)?)?;
-        let pid = disk.pid()?;
+        // A machine that stands still for two seconds has a process killed already.
+        let (pid, _) = disk.wait_replaced(0)?;
         disk.signal(pid, libc::SIGSTOP)?;
         let job = guest.start(&write(7, 'a'))?;
         let told = log.wait_for("hung", minor, Duration::from_secs(40))?;
