@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! `tap-ctl backup --freeze`: file systems are frozen at the snapshot and never after the backup, whatever the agent, the
-//! administrator's program, the supervisor and signals do.
+//! `tap-ctl backup web xvda /backup --freeze`: file systems are frozen at the snapshot and never after the backup, whatever
+//! the agent, the administrator's program, the supervisor and signals do.
 
 use crate::agent::{AgentKind, FakeAgent};
 use crate::host::{mode, Fault};
