@@ -184,14 +184,19 @@ fn a_program_freezes_and_thaws() {
     assert!(why.contains("cannot run"), "{why}");
 }
 
+/// Has the supervisor tell the agent which process the program is.
+fn tell_program(bed: &Bed, agent: &FakeAgent) {
+    let agent = agent.clone();
+    bed.state().on_start = Some(Box::new(move |program| {
+        agent.state().program = Some(program);
+    }));
+}
+
 #[test]
 fn a_signal_while_file_systems_are_frozen_thaws_them() {
     let bed = Bed::new(&[("a.img", 51712)]);
     let agent = bed.agent(AgentKind::Signals);
-    bed.state().on_start = Some(Box::new({
-        let agent = agent.clone();
-        move |program| agent.state().program = Some(program)
-    }));
+    tell_program(&bed, &agent);
     // The limit is far away.
     let begin = Instant::now();
     let why = bed.refused(" --freeze={at}/agent --freeze-limit 300");
@@ -214,10 +219,7 @@ fn a_snapshot_that_takes_too_long_is_no_backup() {
 fn a_guest_that_no_process_thaws_is_thawed_by_a_repair() {
     let bed = Bed::new(&[("a.img", 51712)]);
     let agent = bed.agent(AgentKind::Kills);
-    bed.state().on_start = Some(Box::new({
-        let agent = agent.clone();
-        move |program| agent.state().program = Some(program)
-    }));
+    tell_program(&bed, &agent);
     let output = bed.with_fault(None, AGENT);
     assert_eq!(output.status.code(), None, "{output:?}");
     assert!(bed.is_frozen());

@@ -5,6 +5,7 @@
 mod agent;
 mod freeze;
 mod host;
+mod tapimg;
 
 use control::supervisor::Mode;
 use host::{mode, Fault, HostState, SIZE};
@@ -12,33 +13,10 @@ use serde_json::Value;
 use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Command, Output, Stdio};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
-
-/// The real tapimg, which is beside tap-ctl; built if only this crate was.
-fn tapimg_program() -> &'static Path {
-    static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
-    PROGRAM.get_or_init(|| {
-        let path = Path::new(env!("CARGO_BIN_EXE_tap-ctl")).with_file_name("tapimg");
-        if !path.exists() {
-            let built = Command::new(env!("CARGO"))
-                .args(["build", "-p", "tapimg"])
-                .status();
-            assert!(built.expect("cargo").success());
-        }
-        path
-    })
-}
-
-/// Runs tapimg, which must succeed.
-fn tapimg(line: &str) {
-    let output = Command::new(tapimg_program())
-        .args(line.split(' '))
-        .output()
-        .expect("started");
-    assert!(output.status.success(), "tapimg {line}: {output:?}");
-}
+use std::sync::{Arc, Mutex, MutexGuard};
+use tapimg::{tapimg, tapimg_program};
 
 /// A host with a guest and a folder for backups.
 struct Bed {

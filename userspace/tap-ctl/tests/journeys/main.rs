@@ -5,15 +5,17 @@
 #[path = "../backup/host.rs"]
 #[allow(dead_code, reason = "the faults are for the tests of backups")]
 mod host;
+#[path = "../backup/tapimg.rs"]
+mod tapimg;
 mod words;
 
 use host::HostState;
 use std::fmt::Write as _;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Arc, Mutex};
+use tapimg::{tapimg, tapimg_program};
 use words::normal;
 
 const PAGE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/guide/journeys.md");
@@ -112,27 +114,6 @@ const SESSIONS: &[RecordedSession] = &[
         ],
     ),
 ];
-
-/// Runs tapimg for the host.
-fn tapimg(line: &str) {
-    let output = Command::new(tapimg_program())
-        .args(line.split(' '))
-        .output();
-    let output = output.expect("started");
-    assert!(output.status.success(), "tapimg {line}: {output:?}");
-}
-
-/// The real tapimg, which is beside tap-ctl; built if only this crate was.
-fn tapimg_program() -> PathBuf {
-    let path = Path::new(env!("CARGO_BIN_EXE_tap-ctl")).with_file_name("tapimg");
-    if !path.exists() {
-        let built = Command::new(env!("CARGO"))
-            .args(["build", "-p", "tapimg"])
-            .status();
-        assert!(built.expect("cargo").success());
-    }
-    path
-}
 
 /// A folder with the programs and a supervisor.
 fn bed() -> tempfile::TempDir {
