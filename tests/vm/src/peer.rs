@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! Two machines on a network with nothing else: how the first one executes commands on the second one, and how guests move
-//! from one to the other if both are Xen hosts. A command is a line over TCP; its standard input follows, and its output comes back.
+//! from one to the other if both are Xen hosts. A command is a line over TCP; its standard input follows, and its output
+//! comes back.
 
 use crate::{sh, tap};
 use anyhow::{bail, ensure, Context, Result};

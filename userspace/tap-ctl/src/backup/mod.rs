@@ -2,8 +2,8 @@
 //! `tap-ctl backup` and `restore`: copies of disks as of one instant, while their guest works.
 //!
 //! A backup writes its [journal], begins a dirty bitmap, has the guest's file systems [frozen](freeze) if the user wants
-//! that, and takes a snapshot, so that the disk's own image does not change. tapimg copies that to a new qcow2 image: all of it, or the changes since the last backup's dirty bitmap, over
-//! the last backup as the backing image. When the copy is verified and has its name, the journal gets its manifest. From
+//! that, and takes a snapshot, so that the disk's own image does not change. tapimg copies that to a new qcow2 image: all
+//! of it, or the changes since the last backup's dirty bitmap, over the last backup as the backing image. When the copy is verified and has its name, the journal gets its manifest. From
 //! then on the backup exists, and the [end](journal::settle) merges the guest's writes since the snapshot.
 
 mod folder;

@@ -18,7 +18,7 @@ const STEP: Duration = Duration::from_millis(20);
 /// Calls the program, and kills it with its children at the limit or at the end of `stop`.
 ///
 /// # Errors
-/// It did not end with the exit status 0.
+/// The program did not end with the exit status 0.
 pub(super) fn call(
     program: &Path,
     verb: &str,
