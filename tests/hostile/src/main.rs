@@ -125,7 +125,7 @@ fn start() -> Result<bool> {
             seed,
             ..
         } => {
-            let seed = seed.unwrap_or_else(rng::fresh_seed);
+            let seed = seed.unwrap_or_else(seeds::fresh_seed);
             let selection = cases::Selection {
                 only,
                 phy,
@@ -137,12 +137,12 @@ fn start() -> Result<bool> {
         Face::TapServe(orders) => tap::server::run(&orders).map(|()| true),
         Face::TapLeave => tap::leave().map(|()| true),
         Face::Fuzz { seed, cases } => {
-            let seed = seed.unwrap_or_else(rng::fresh_seed);
+            let seed = seed.unwrap_or_else(seeds::fresh_seed);
             session::KEEPS_GRANTS.fetch_or(seed % 2 == 0, Relaxed);
             fuzz::run(seed, cases, device)
         }
         Face::FuzzTap { seed, cases } => {
-            fuzz_tap::run(seed.unwrap_or_else(rng::fresh_seed), cases, device)
+            fuzz_tap::run(seed.unwrap_or_else(seeds::fresh_seed), cases, device)
         }
     }
 }

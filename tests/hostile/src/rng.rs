@@ -1,13 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! Random numbers that a seed repeats.
 
-/// Returns a seed that no run had before; the caller prints it.
-pub(crate) fn fresh_seed() -> u64 {
-    use std::hash::{BuildHasher, Hasher, RandomState};
-    // Short enough to be typed again.
-    RandomState::new().build_hasher().finish() >> 24
-}
-
 /// SplitMix64.
 pub(crate) struct Rng(u64);
 

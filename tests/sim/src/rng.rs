@@ -2,26 +2,6 @@
 
 //! The only source of randomness of a case: a seed gives one case on every machine.
 
-/// Returns a seed that no run had before; the caller prints it.
-pub fn fresh_seed() -> u64 {
-    use std::hash::{BuildHasher, Hasher, RandomState};
-    // Short enough to be typed again.
-    RandomState::new().build_hasher().finish() >> 24
-}
-
-/// Returns the seeds for `count` cases of a test that prints the seed of a failure: new ones, or the one of `SIM_SEED`.
-///
-/// # Panics
-/// `SIM_SEED` is not a number.
-pub fn seeds(count: u64) -> std::ops::Range<u64> {
-    let one = std::env::var("SIM_SEED").ok().map(|text| {
-        text.parse()
-            .unwrap_or_else(|_| panic!("SIM_SEED={text} is not a number"))
-    });
-    let (first, count) = one.map_or_else(|| (fresh_seed(), count), |seed: u64| (seed, 1));
-    first..first + count
-}
-
 /// A splitmix64 generator.
 #[derive(Clone, Debug)]
 pub struct Rng(u64);

@@ -7,7 +7,7 @@ static SEED: OnceLock<u64> = OnceLock::new();
 
 /// Begins with this seed, or with a new one.
 pub(crate) fn begin(wanted: Option<u64>) -> u64 {
-    *SEED.get_or_init(|| wanted.unwrap_or_else(sim::rng::fresh_seed))
+    *SEED.get_or_init(|| wanted.unwrap_or_else(seeds::fresh_seed))
 }
 
 /// The seed of this run.

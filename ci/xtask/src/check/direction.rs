@@ -38,12 +38,13 @@ const AREAS: &[(&str, &str, &[&str])] = &[
     ),
     ("diskio", "userspace/io/", &[]),
     ("tapdev", "userspace/tapdev/", &["ring", "diskio"]),
+    ("seeds", "tests/seeds/", &[]),
     // Reads the sources of all programs, whose tests use it.
     ("recommended", "tests/recommended/", &[]),
     (
         "userspace",
         "userspace/",
-        &["ring", "diskio", "tapdev", "recommended"],
+        &["ring", "diskio", "tapdev", "recommended", "seeds"],
     ),
     ("trouble", "tests/trouble/", &[]),
     ("xtask", "ci/", &["trouble"]),
@@ -58,6 +59,7 @@ const AREAS: &[(&str, &str, &[&str])] = &[
             "blktap-kmod",
             "diskio",
             "tapdev",
+            "seeds",
             "trouble",
             "userspace",
         ],

@@ -7,11 +7,16 @@ use crate::{build, host};
 use anyhow::Result;
 use std::process::Command;
 
+/// Percentage of their cases that tests with new seeds in each run have in the lane `host`, and in the part `seeds` of
+/// the lane `nightly`.
+const SEEDS_PERCENT: [&str; 2] = ["40", "400"];
+
 pub(super) fn tests(tally: &mut TestTally) -> Result<()> {
     host::for_tests()?;
     // One selection of crates, because cargo would rebuild shared crates for another one.
     let mut all = cargo_test();
-    all.arg("--workspace");
+    all.arg("--workspace")
+        .env("SEEDS_PERCENT", SEEDS_PERCENT[0]);
     programs::test(tally, "the tests of the workspace", &all, &[])?;
     all.arg("--doc");
     programs::examples(tally, "the examples in the documentation", &all)?;
@@ -34,6 +39,18 @@ pub(super) fn sanlock(tally: &mut TestTally, _seed: Option<u64>) -> Result<()> {
         &tests,
         &["--ignored", "sanlock"],
     )
+}
+
+/// Runs the tests with new seeds in each run, with many more of them.
+pub(super) fn seeds(tally: &mut TestTally, seed: Option<u64>) -> Result<()> {
+    host::for_tests()?;
+    let mut tests = cargo_test();
+    tests.args(["-p", "sim", "-p", "formats", "-p", "tapdisk"]);
+    tests.env("SEEDS_PERCENT", SEEDS_PERCENT[1]);
+    if let Some(seed) = seed {
+        tests.env("SEED", seed.to_string());
+    }
+    programs::test(tally, "the tests with seeds", &tests, &[])
 }
 
 /// Repairs thousands of images with one wrong word. `SEED` and `SEEDS` select them.

@@ -38,6 +38,8 @@ const PARTS: &[(&str, LanePart)] = &[
     ("leases", LanePart::Long("lease.*")),
     // The daemons of sanlock, which take long.
     ("sanlock", LanePart::Own(host::sanlock)),
+    // Many more random cases than each change has.
+    ("seeds", LanePart::Own(host::seeds)),
     // Images with a wrong word, and the data that their repair preserves.
     ("repairs", LanePart::Own(host::repairs)),
     // A hotplug script that is killed at each of its steps.

@@ -4,7 +4,8 @@
 //! again, whatever it does in between.
 
 use blkback::connect_retry::{is_shortage, store_recovers, ConnectRetry};
-use sim::rng::{seeds, Rng};
+use seeds::Seeds;
+use sim::rng::Rng;
 
 const MS: u64 = 1_000_000;
 const S: u64 = 1000 * MS;
@@ -51,7 +52,7 @@ fn a_frontend_does_not_choose_how_often_it_is_refused() {
             "{refused} refusals in an hour with {good_ones} connects that work after each"
         );
     }
-    for seed in seeds(20) {
+    for seed in Seeds::new(20) {
         let mut rng = Rng::new(seed);
         let mut other = Rng::new(seed ^ 1);
         let refused = refusals(3600, || rng.percent(50), || other.below(3000) * MS);

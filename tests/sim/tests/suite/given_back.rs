@@ -7,10 +7,11 @@ use blkback::engine::{Backend, Io, IoKind};
 use ring::abi::{OP_READ, OP_WRITE, OP_WRITE_BARRIER};
 use ring::numbers::QueueTag;
 use ring::response::ResponseStatus;
+use seeds::Seeds;
 use sim::machine::{MachineFault, MachineSetup};
 use sim::negative::{self, CASES};
 use sim::port::FakeDisk;
-use sim::rng::{seeds, Rng};
+use sim::rng::Rng;
 use sim::schedule::{random_setup, run_setup};
 use sim::spec::{Expect, Spec};
 use sim::world::{EngineWorld, ReservedMemory};
@@ -261,7 +262,7 @@ fn what_the_backend_does_not_want_mapped_is_copied() {
 #[test]
 fn every_schedule_is_explained_whatever_is_given_back() {
     let (mut count, mut sum) = (0, 0);
-    for seed in seeds(150) {
+    for seed in Seeds::new(150) {
         let mut rng = Rng::new(seed);
         let random = random_setup(&mut rng);
         let setup = MachineSetup {
@@ -277,7 +278,7 @@ fn every_schedule_is_explained_whatever_is_given_back() {
         let outcome = run_setup(setup, &mut rng, None);
         assert!(
             outcome.problems.is_empty(),
-            "replay it with SIM_SEED={seed}: {:#?}",
+            "replay it with SEED={seed} SEEDS=1: {:#?}",
             outcome.problems
         );
         count += 1;

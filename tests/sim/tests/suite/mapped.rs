@@ -2,26 +2,25 @@
 
 //! A disk whose process maps extents for the kernel, copies, moves and frees clusters, and dies.
 //!
-//! Each case is a plan with its own random schedules. `SIM_CASES=n` runs n of each, `SIM_SEED=n` replays one seed in
+//! Each case is a plan with its own random schedules. `SEEDS=n` runs n of each, `SEED=n SEEDS=1` replays one in
 //! each test that is run.
 
+use seeds::Seeds;
 use sim::mapped::{run_mapped, MappedCounts, MappedPlan};
-use sim::rng::seeds;
 
-fn cases() -> u64 {
-    let text = std::env::var("SIM_CASES").ok();
-    text.map_or(300, |text| text.parse().expect("SIM_CASES is a number"))
-}
+/// Schedules of each plan.
+const CASES: u64 = 300;
 
 /// Runs the schedules of a plan; `enough` decides whether the sums show that it exercised anything.
 fn run(plan: &MappedPlan, enough: impl Fn(&MappedCounts, u64) -> bool) {
     let (mut sum, mut count) = (MappedCounts::default(), 0);
-    for seed in seeds(cases()) {
+    for seed in Seeds::new(CASES) {
         let run = std::panic::catch_unwind(|| run_mapped(seed, plan, None));
-        let (problems, counts) = run.unwrap_or_else(|_| panic!("replay it with SIM_SEED={seed}"));
+        let (problems, counts) =
+            run.unwrap_or_else(|_| panic!("replay it with SEED={seed} SEEDS=1"));
         assert!(
             problems.is_empty(),
-            "replay it with SIM_SEED={seed}: {problems:#?}"
+            "replay it with SEED={seed} SEEDS=1: {problems:#?}"
         );
         sum.add(&counts);
         count += 1;

@@ -3,7 +3,8 @@
 //! Shares of memory: bounds that change at any time, and fairness between guests.
 
 use blkback::memory_quota::{Bounds, GuestLedger, HostLedger, Refusal};
-use sim::rng::{seeds, Rng};
+use seeds::Seeds;
+use sim::rng::Rng;
 
 const BLOCK: u32 = 8;
 
@@ -141,7 +142,7 @@ fn a_guest_at_its_own_bound_takes_nothing_from_others() {
 
 #[test]
 fn any_order_of_events_keeps_the_books() {
-    for seed in seeds(2000) {
+    for seed in Seeds::new(2000) {
         let mut rng = Rng::new(seed);
         let many = rng.range(1, 6) as usize;
         let random = |rng: &mut Rng| Bounds {

@@ -3,55 +3,41 @@
 //! Guests that are suspended in the middle of their work, and resume on their host or on another one: the engine's and
 //! the shadow's part of the cases S20, S23, S25, S26 and S28, with frontends of different age.
 //!
-//! `SIM_CASES=n` runs n of each, `SIM_SEED=n` replays one seed in each test that is run. The negative controls are in
+//! `SEEDS=n` runs n of each, `SEED=n SEEDS=1` replays one in each test that is run. The negative controls are in
 //! `moves_negative.rs`.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use seeds::Seeds;
 use sim::again::Age;
 use sim::moves::{run_journey, Journey, MoveCounts, SuspensionEnd, TransferMode};
 use sim::process::{Moment, ProcessPlan};
-use sim::rng::fresh_seed;
 
 const DEFAULT_TIME: Duration = Duration::from_secs(3);
 const LEAST_CASES: u64 = 100;
 
-fn number(name: &str) -> Option<u64> {
-    let text = std::env::var(name).ok()?;
-    Some(
-        text.parse()
-            .unwrap_or_else(|_| panic!("{name}={text} is not a number")),
-    )
-}
-
 fn check(seed: u64, journey: &Journey) -> MoveCounts {
     let run = std::panic::catch_unwind(|| run_journey(seed, journey, None));
-    let (problems, counts) = run.unwrap_or_else(|_| panic!("replay it with SIM_SEED={seed}"));
+    let (problems, counts) = run.unwrap_or_else(|_| panic!("replay it with SEED={seed} SEEDS=1"));
     assert!(
         problems.is_empty(),
-        "replay it with SIM_SEED={seed}: {problems:#?}"
+        "replay it with SEED={seed} SEEDS=1: {problems:#?}"
     );
     counts
 }
 
 /// Runs the schedules of a journey; `enough` decides whether the sums show that it exercised anything.
 fn run(journey: Journey, enough: impl Fn(&MoveCounts, u64) -> bool) {
-    if let Some(seed) = number("SIM_SEED") {
-        println!("{:?}", check(seed, &journey));
+    let mut sum = MoveCounts::default();
+    let mut seeds = Seeds::for_time(LEAST_CASES, DEFAULT_TIME);
+    for seed in seeds.by_ref() {
+        sum.add(&check(seed, &journey));
+    }
+    let cases = seeds.given();
+    println!("{cases} cases: {sum:?}");
+    if cases == 1 {
         return;
     }
-    let wanted = number("SIM_CASES");
-    let begin = Instant::now();
-    let mut sum = MoveCounts::default();
-    let (first, mut cases) = (fresh_seed(), 0);
-    while match wanted {
-        Some(wanted) => cases < wanted,
-        None => cases < LEAST_CASES || begin.elapsed() < DEFAULT_TIME,
-    } {
-        sum.add(&check(first.wrapping_add(cases), &journey));
-        cases += 1;
-    }
-    println!("{cases} cases from the seed {first} on: {sum:?}");
     // A run that exercises nothing proves nothing.
     assert!(sum.under_way > 3 * cases, "{sum:?}");
     assert!(enough(&sum, cases), "{sum:?}");

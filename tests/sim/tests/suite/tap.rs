@@ -4,34 +4,26 @@
 //! S16 to S18.
 //!
 //! Each case is a plan with its own random schedules: the seeds count up from a random one, until the time for a
-//! default run is over. `SIM_CASES=n` runs n of each, `SIM_SEED=n` replays one seed in each test that is run.
+//! default run is over. `SEEDS=n` runs n of each, `SEED=n SEEDS=1` replays one in each test that is run.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use seeds::Seeds;
 use sim::process::{Moment, ProcessPlan};
-use sim::rng::fresh_seed;
 use sim::schedule::{run_rebound, run_served, run_two_guests, Leaves, ServedOutcome};
 use sim::tap::TapCounts;
 
 const DEFAULT_TIME: Duration = Duration::from_secs(3);
 const LEAST_CASES: u64 = 300;
 
-fn number(name: &str) -> Option<u64> {
-    let text = std::env::var(name).ok()?;
-    Some(
-        text.parse()
-            .unwrap_or_else(|_| panic!("{name}={text} is not a number")),
-    )
-}
-
 type CaseRun = fn(u64, &ProcessPlan) -> ServedOutcome;
 
 fn check(seed: u64, plan: &ProcessPlan, case: CaseRun) -> ServedOutcome {
     let served = std::panic::catch_unwind(|| case(seed, plan));
-    let served = served.unwrap_or_else(|_| panic!("replay it with SIM_SEED={seed}"));
+    let served = served.unwrap_or_else(|_| panic!("replay it with SEED={seed} SEEDS=1"));
     assert!(
         served.problems.is_empty(),
-        "replay it with SIM_SEED={seed}: {:#?}",
+        "replay it with SEED={seed} SEEDS=1: {:#?}",
         served.problems
     );
     served
@@ -43,26 +35,19 @@ fn run(plan: &ProcessPlan, enough: impl Fn(&TapCounts, u64) -> bool) {
 }
 
 fn run_cases(plan: &ProcessPlan, case: CaseRun, enough: impl Fn(&TapCounts, u64) -> bool) {
-    if let Some(seed) = number("SIM_SEED") {
-        println!("{:?}", check(seed, plan, case));
-        return;
-    }
-    let wanted = number("SIM_CASES");
-    let begin = Instant::now();
     let mut sum = TapCounts::default();
     let mut answers = 0;
-    let (first, mut cases) = (fresh_seed(), 0);
-    while match wanted {
-        Some(wanted) => cases < wanted,
-        None => cases < LEAST_CASES || begin.elapsed() < DEFAULT_TIME,
-    } {
-        let seed = first.wrapping_add(cases);
-        cases += 1;
+    let mut seeds = Seeds::for_time(LEAST_CASES, DEFAULT_TIME);
+    for seed in seeds.by_ref() {
         let served = check(seed, plan, case);
         answers += served.answers;
         sum.add(&served.counts);
     }
-    println!("{cases} cases from the seed {first} on, {answers} answers: {sum:?}");
+    let cases = seeds.given();
+    println!("{cases} cases, {answers} answers: {sum:?}");
+    if cases == 1 {
+        return;
+    }
     // A run that exercises nothing proves nothing.
     assert!(answers > 20 * cases, "{answers} answers");
     assert!(enough(&sum, cases), "{sum:?}");

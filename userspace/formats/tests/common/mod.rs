@@ -13,26 +13,11 @@ use formats::Storage;
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::future::Future;
-use std::hash::{BuildHasher, Hasher, RandomState};
-use std::ops::Range;
 use std::rc::Rc;
 use std::task::Poll;
 
 const PAGE: usize = 4096;
 pub(crate) const SECTOR: usize = 512;
-
-/// Returns `count` new seeds, or as many as the variable `SEEDS` says. A test that fails prints its seed; with `SEED`
-/// set to that number it begins there.
-pub(crate) fn seeds(count: u64) -> Range<u64> {
-    let number = |name| std::env::var(name).ok().and_then(|text| text.parse().ok());
-    let fresh = || {
-        // Short enough to be typed again.
-        RandomState::new().build_hasher().finish() >> 32
-    };
-    let first: u64 = number("SEED").unwrap_or_else(fresh);
-    println!("seeds from {first} on: SEED={first} repeats them");
-    first..first + number("SEEDS").unwrap_or(count)
-}
 
 /// Numbers by chance, the same for the same seed.
 #[derive(Clone, Debug)]

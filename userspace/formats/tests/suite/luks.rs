@@ -4,12 +4,13 @@
 
 use crate::common::secret::{key, of, Safe};
 use crate::common::tools::{has_qemu, scribble, try_wrong, whole};
-use crate::common::{run, seeds, SeededRng, SparseContent, What, World, SECTOR};
+use crate::common::{run, SeededRng, SparseContent, What, World, SECTOR};
 use control::{Code, Failure};
 use diskio::{Bytes, Data, Errno, Runtime};
 use drivers::{Attributes, Disk};
 use formats::luks::{self, header, look, ImageKey, Luks};
 use formats::{ImageParts, Options, Storage};
+use seeds::Seeds;
 use std::time::Duration;
 
 fn options(key: Option<ImageKey>) -> Options {
@@ -446,7 +447,7 @@ fn damaged_headers_do_no_harm() {
     safe.create_luks("cipher-alg=aes-128", "64k");
     let image = safe.content();
     let mut opened = 0;
-    for seed in seeds(80) {
+    for seed in Seeds::new(80) {
         let mut chance = SeededRng(seed);
         let mut bytes = image.clone();
         for _ in 0..1 + chance.below(3) {

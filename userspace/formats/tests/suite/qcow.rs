@@ -9,12 +9,13 @@ use crate::common::tools::{
     goes_on_with_qemu, has_qemu, parent, parent_number, parent_or_new_after_a_cut,
     pause_fails_only_if_something_is_lost, scribble, text, tool, try_wrong, whole, PARENT_SIZE,
 };
-use crate::common::{run, seeds, SeededRng, SparseContent, World};
+use crate::common::{run, SeededRng, SparseContent, World};
 use control::Code;
 use diskio::{Io, Runtime};
 use drivers::Disk;
 use formats::qcow::{create, look, Qcow, QcowCreate};
 use formats::{ImageParts, Options};
+use seeds::Seeds;
 use std::path::PathBuf;
 use std::rc::Rc;
 
@@ -71,7 +72,7 @@ fn trial(has_parent: bool, seed: u64) -> Trial {
 #[test]
 fn nothing_is_lost_and_nothing_stale_is_shown() {
     for has_parent in [false, true] {
-        for seed in seeds(4) {
+        for seed in Seeds::few(4) {
             trial(has_parent, seed).run(12);
         }
     }

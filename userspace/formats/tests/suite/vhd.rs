@@ -11,7 +11,7 @@ use crate::common::tools::{
     parent_number, parent_or_new_after_a_cut, pause_fails_only_if_something_is_lost, scribble,
     text, tool, try_wrong, PARENT_SIZE,
 };
-use crate::common::{run, seeds, SeededRng, SparseContent, What, World, SECTOR};
+use crate::common::{run, SeededRng, SparseContent, What, World, SECTOR};
 use control::Code;
 use diskio::{Bytes, Data, Errno, Io, Runtime};
 use drivers::{Attributes, Disk};
@@ -19,6 +19,7 @@ use formats::vhd::{
     create, footers, grow, id, look, set_parent, spelled, ParentOf, Vhd, VhdCreate, VhdKind,
 };
 use formats::{ImageParts, Options};
+use seeds::Seeds;
 use std::path::PathBuf;
 use std::rc::Rc;
 
@@ -79,7 +80,7 @@ fn trial(kind: VhdKind, seed: u64) -> Trial {
 #[test]
 fn nothing_is_lost_and_nothing_stale_is_shown() {
     for kind in [VhdKind::Dynamic, VhdKind::Differencing, VhdKind::Fixed] {
-        for seed in seeds(6) {
+        for seed in Seeds::few(6) {
             trial(kind, seed).run(24);
         }
     }
@@ -92,7 +93,7 @@ fn gaps_with_old_bytes_are_used_and_show_nothing() {
     // Bytes that a process could have left when it died, and more.
     let end = files[0].len;
     files[0].write(end - 512, &vec![0xee; 12 << 20]);
-    for seed in seeds(3) {
+    for seed in Seeds::few(3) {
         let mut trial = trial(VhdKind::Dynamic, seed);
         trial.files.clone_from(&files);
         trial.run(12);

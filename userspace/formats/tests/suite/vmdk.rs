@@ -9,12 +9,13 @@ use crate::common::tools::{
     goes_on_with_qemu, has_qemu, parent, parent_number, parent_or_new_after_a_cut,
     pause_fails_only_if_something_is_lost, scribble, text, tool, try_wrong, whole, PARENT_SIZE,
 };
-use crate::common::{run, seeds, SeededRng, SparseContent, World, SECTOR};
+use crate::common::{run, SeededRng, SparseContent, World, SECTOR};
 use control::Code;
 use diskio::{Bytes, Data, File, Io, Runtime};
 use drivers::{Attributes, Disk};
 use formats::vmdk::{create, id, look, plan, Form, Vmdk, VmdkCreate};
 use formats::{ImageParts, Options};
+use seeds::Seeds;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
@@ -88,7 +89,7 @@ fn nothing_is_lost_and_nothing_stale_is_shown() {
         (Form::MonolithicFlat, false),
         (Form::TwoGbMaxExtentFlat, false),
     ] {
-        for seed in seeds(4) {
+        for seed in Seeds::few(4) {
             trial(form, has_parent, seed).run(20);
         }
     }

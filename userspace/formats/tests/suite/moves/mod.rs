@@ -6,10 +6,11 @@ mod guest;
 mod hosts;
 
 use crate::common::tools::{parent, parent_number, PARENT_SIZE};
-use crate::common::{run, seeds, SparseContent, World, WorldFile};
+use crate::common::{run, SparseContent, World, WorldFile};
 use drivers::Disk;
 use formats::{qcow, qcow2, vhd, vmdk, ImageParts, Options};
 use hosts::{look_while_it_grows, move_about, Format, RunCounts, SharingRules};
+use seeds::Seeds;
 use std::future::Future;
 
 const SIZE: u64 = (9 << 20) + 3 * 512;
@@ -164,7 +165,7 @@ fn formats() -> Vec<Format> {
 fn s27_whoever_goes_on_finds_what_was_written() {
     let (mut all, mut schedules) = (RunCounts::default(), 0);
     for format in formats() {
-        for seed in seeds(JOURNEYS) {
+        for seed in Seeds::new(JOURNEYS) {
             schedules += 1;
             let counts = move_about(&format, SharingRules::ALL, seed);
             let counts =

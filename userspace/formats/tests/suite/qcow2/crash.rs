@@ -6,12 +6,12 @@ use super::memory::{
     allowed, apply, exercise, read_all, sector, stamps, ImageEvent, ImageHistory, MemoryImage,
     MemoryRng,
 };
-use crate::common::seeds;
 use crate::common::tools::{command, folder, has_qemu, Pattern, PARENT_BACKING};
 use diskio::Runtime;
 use drivers::{Disk, Driver};
 use formats::qcow2::{create, BackingImage, Qcow2, Qcow2Create};
 use formats::{ImageParts, Options};
+use seeds::Seeds;
 
 pub(crate) const SECTORS: u64 = 640;
 pub(crate) const SIZE: u64 = SECTORS * 512;
@@ -353,7 +353,7 @@ fn run(case: &CrashCase, seed: u64, steps: u64, has_qemu: bool) {
 fn every_prefix_of_the_writes_is_an_image_that_shows_what_it_must() {
     let has_qemu = has_qemu("every_prefix_of_the_writes_is_an_image_that_shows_what_it_must");
     for case in cases() {
-        for seed in seeds(3) {
+        for seed in Seeds::few(3) {
             run(&case, seed, 40, has_qemu);
         }
     }
@@ -414,7 +414,7 @@ fn every_prefix_of_a_large_growth_is_the_same_disk() {
 fn a_disk_without_room_loses_nothing() {
     let (mut failed, mut larger) = (0, [0; 2]);
     for case in cases() {
-        for seed in seeds(40) {
+        for seed in Seeds::new(40) {
             let runtime = Runtime::new();
             let memory = MemoryImage::new(fresh(&runtime, &case), seed, true);
             let disk = opened(&runtime, &memory, &case, true);
@@ -474,7 +474,7 @@ fn a_write_does_not_undo_another_one_into_the_next_subcluster() {
     };
     // Sectors of a subcluster.
     const PART: u64 = 4;
-    for seed in seeds(50) {
+    for seed in Seeds::new(50) {
         let runtime = Runtime::new();
         let memory = MemoryImage::new(fresh(&runtime, &case), seed, true);
         let disk = opened(&runtime, &memory, &case, true);

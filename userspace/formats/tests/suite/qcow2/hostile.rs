@@ -3,11 +3,11 @@
 //! its budget.
 
 use super::memory::{read_all, sector, MemoryImage, MemoryRng};
-use crate::common::seeds;
 use diskio::{Bytes, Runtime};
 use drivers::{Attributes, Disk};
 use formats::qcow2::{create, header, snapshots, Qcow2, Qcow2Create};
 use formats::{ImageParts, Options};
+use seeds::Seeds;
 
 const SIZE: u64 = 1 << 20;
 
@@ -104,7 +104,7 @@ fn damaged_metadata_does_no_harm() {
     for plan in plans {
         let image = sound(plan.clone());
         let metadata = metadata(&image, plan.cluster as usize);
-        for seed in seeds(300) {
+        for seed in Seeds::new(300) {
             let chance = MemoryRng::new(seed);
             let mut bytes = image.clone();
             for _ in 0..1 + chance.below(4) {
@@ -524,7 +524,7 @@ fn a_write_sets_the_bits_of_its_sectors() {
 fn damaged_bitmaps_do_no_harm() {
     let (sound, record, table) = with_bitmap();
     let mut are_kept = 0;
-    for seed in seeds(300) {
+    for seed in Seeds::new(300) {
         let chance = MemoryRng::new(seed);
         let mut bytes = sound.clone();
         for _ in 0..1 + chance.below(3) {

@@ -8,12 +8,13 @@ use super::memory::{read_all, sector, stamps, MemoryImage, SECTOR};
 use crate::common::history::Trial;
 use crate::common::places::{told_is_sure, PlacesHost, Subject};
 use crate::common::tools::{folder, has_qemu, tool_in, PARENT_BACKING};
-use crate::common::{seeds, SparseContent};
+use crate::common::SparseContent;
 use diskio::{Bytes, Runtime};
 use drivers::{Attributes, Disk};
 use formats::qcow2::Qcow2;
 use formats::{ImageParts, Options};
 use futures::future::join_all;
+use seeds::Seeds;
 use std::rc::Rc;
 
 /// Number in all sectors of QEMU's image.
@@ -94,7 +95,7 @@ fn what_is_told_stays_true() {
     for case in cases() {
         let (mut hits, mut deaths) = (0, 0);
         let (mut zeroes, mut from_below) = (0, 0);
-        for seed in seeds(12) {
+        for seed in Seeds::few(12) {
             let host = host(&runtime, &case, fresh(&runtime, &case), seed, first);
             host.rounds(&runtime);
             hits += host.hits.get();
@@ -176,7 +177,7 @@ fn clusters_of_a_snapshot_are_not_told() {
     }
     let (runtime, image) = (Runtime::new(), with_snapshot());
     let case = &cases()[0];
-    for seed in seeds(8) {
+    for seed in Seeds::few(8) {
         let host = host(&runtime, case, image.clone(), seed, |_, _| BEFORE);
         let disk = host.disk.clone();
         let places = runtime.block_on(async move { disk.places(0, SIZE).await });

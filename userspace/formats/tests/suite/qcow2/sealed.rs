@@ -6,13 +6,14 @@ use crate::common::secret::{key, of, Safe};
 use crate::common::tools::{
     has_qemu, parent, parent_number, scribble, try_wrong, whole, PARENT_SIZE,
 };
-use crate::common::{run, seeds, SeededRng, SparseContent, World};
+use crate::common::{run, SeededRng, SparseContent, World};
 use control::Code;
 use diskio::{Bytes, Data, Errno, Runtime};
 use drivers::{Attributes, Disk, Driver};
 use formats::luks::ImageKey;
 use formats::qcow2::{check, create, look, set_backing, BackingImage, Qcow2, Qcow2Create};
 use formats::{ImageParts, Options, Storage};
+use seeds::Seeds;
 use std::rc::Rc;
 
 const SIZE: u64 = (3 << 20) + 512;
@@ -129,7 +130,7 @@ fn nothing_is_lost_and_nothing_stale_is_shown() {
         (LAYOUTS[4], true),
     ] {
         let files = over(&made(layout, SIZE), has_parent);
-        for seed in seeds(1) {
+        for seed in Seeds::few(1) {
             let trial = Trial {
                 name: format!("{layout} {has_parent}"),
                 size: SIZE,
@@ -311,7 +312,7 @@ fn damaged_images_do_no_harm() {
     safe.io("qcow2", &["write -P 7 0 300k"]);
     let image = safe.content();
     let mut opened = 0;
-    for seed in seeds(100) {
+    for seed in Seeds::new(100) {
         let mut chance = SeededRng(seed);
         let mut bytes = image.clone();
         for _ in 0..1 + chance.below(3) {

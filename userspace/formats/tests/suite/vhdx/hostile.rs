@@ -7,12 +7,13 @@ use super::build::{
     ITEMS, LOG_GUID, METADATA, MIB, PARTLY, PRESENT, REGIONS, SECTOR,
 };
 use crate::common::tools::{parent, try_wrong};
-use crate::common::{run, seeds, SeededRng, SparseContent, World};
+use crate::common::{run, SeededRng, SparseContent, World};
 use control::Code;
 use diskio::{Bytes, Data, Errno};
 use drivers::{Attributes, Disk};
 use formats::vhdx::{look, Vhdx};
 use formats::{ImageParts, Options};
+use seeds::Seeds;
 
 /// Makes a disk with some blocks and a log, and a parent if `has_parent` is set.
 fn sound(has_parent: bool) -> (ImagePlan, SparseContent) {
@@ -208,7 +209,7 @@ fn damaged_images_do_no_harm() {
     for has_parent in [false, true] {
         let (_, good) = sound(has_parent);
         let fields = fields(has_parent);
-        for seed in seeds(700) {
+        for seed in Seeds::new(700) {
             let chance = &mut SeededRng(seed);
             let mut image = good.clone();
             for _ in 0..1 + chance.below(4) {

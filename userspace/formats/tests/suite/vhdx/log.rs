@@ -7,9 +7,10 @@ use super::build::{
 };
 use super::oracle;
 use crate::common::tools::{command, content, file, folder, has_qemu, text, tool};
-use crate::common::{run, seeds, SeededRng, SparseContent, World};
+use crate::common::{run, SeededRng, SparseContent, World};
 use diskio::Runtime;
 use formats::vhdx::unreplayed;
+use seeds::Seeds;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -42,7 +43,7 @@ fn a_log_that_qemu_left_is_replayed() {
     if !has_qemu("a_log_that_qemu_left_is_replayed") {
         return;
     }
-    for seed in seeds(4) {
+    for seed in Seeds::few(4) {
         let folder = folder();
         let path = folder.path().join("a.vhdx");
         let size = 24 * MIB + 512;
@@ -168,7 +169,7 @@ fn logged(chance: &mut SeededRng) -> (SparseContent, SparseContent, bool) {
 fn logs_are_replayed_as_qemu_does() {
     let has_qemu = has_qemu("logs_are_replayed_as_qemu_does");
     let mut judged = 0;
-    for seed in seeds(12) {
+    for seed in Seeds::few(12) {
         let (image, wanted, is_judge) = logged(&mut SeededRng(seed));
         let wanted = build::read(wanted, None).unwrap();
         let found = build::read(image.clone(), None).unwrap();

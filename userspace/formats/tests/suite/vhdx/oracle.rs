@@ -3,11 +3,12 @@
 
 use super::build::{self, ImagePlan, MIB, MISSING, PRESENT, UNMAPPED, ZERO};
 use crate::common::tools::{content, file, folder, has_qemu, text, tool, whole};
-use crate::common::{seeds, SeededRng};
+use crate::common::SeededRng;
 use diskio::{Errno, Runtime};
 use drivers::{Content as Held, Disk};
 use formats::vhdx::Vhdx;
 use formats::{ImageParts, Options};
+use seeds::Seeds;
 use std::path::Path;
 
 /// Reads the whole disk in a file. A hole reads as zeroes.
@@ -102,7 +103,7 @@ fn what_qemu_writes_is_read() {
         ("subformat=fixed", 512),
         ("subformat=dynamic", 512),
     ] {
-        for seed in seeds(2) {
+        for seed in Seeds::few(2) {
             let folder = folder();
             let path = folder.path().join("a.vhdx");
             create(&path, options, size);

@@ -7,12 +7,13 @@ use super::build::{
 };
 use super::oracle;
 use crate::common::tools::{file, folder, has_qemu, parent, parent_number, whole, PARENT_SIZE};
-use crate::common::{run, seeds, SeededRng, SparseContent, World};
+use crate::common::{run, SeededRng, SparseContent, World};
 use control::{Code, Failure};
 use diskio::{File, Io, Runtime};
 use drivers::{Content as Held, Disk, Raw};
 use formats::vhdx::{id, look};
 use formats::{open_chain, Files, ImageFormat};
+use seeds::Seeds;
 use std::fs;
 use std::path::Path;
 
@@ -88,7 +89,7 @@ fn below() -> Vec<u8> {
 fn blocks_of_all_states_are_read_over_a_parent() {
     let below = below();
     for logical in [512, 4096] {
-        for seed in seeds(8) {
+        for seed in Seeds::few(8) {
             let chance = &mut SeededRng(seed);
             let units = u64::from(logical);
             let plan = child(9 * MIB - units * chance.below(100), logical);
@@ -218,7 +219,7 @@ fn children_lie_over_what_qemu_made_and_over_each_other() {
     if !has_qemu("children_lie_over_what_qemu_made_and_over_each_other") {
         return;
     }
-    for seed in seeds(3) {
+    for seed in Seeds::few(3) {
         let folder = folder();
         let at = |name: &str| folder.path().join(name);
         let chance = &mut SeededRng(seed);

@@ -1,18 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Numbers by chance, and the seeds that repeat them.
-
-use std::hash::{BuildHasher, Hasher, RandomState};
-use std::ops::Range;
-
-/// As many seeds as `SEEDS` says, or `count`, that no run had before; with `SEED`, they begin there.
-pub(super) fn seeds(name: &str, count: u64) -> Range<u64> {
-    let number = |name| std::env::var(name).ok().and_then(|text| text.parse().ok());
-    // Short enough to be typed again.
-    let fresh = || RandomState::new().build_hasher().finish() >> 32;
-    let first: u64 = number("SEED").unwrap_or_else(fresh);
-    println!("{name}: schedules from {first} on, SEED={first} repeats them");
-    first..first + number("SEEDS").unwrap_or(count)
-}
+//! Numbers by chance.
 
 /// Numbers by chance, equal for equal seeds.
 #[derive(Clone, Debug)]

@@ -22,9 +22,10 @@ mod server;
 mod storage;
 mod subject;
 
-use chance::{seeds, Chance};
+use chance::Chance;
 use images::DiskImages;
 use life::Life;
+use seeds::Seeds;
 use std::cell::RefCell;
 use std::rc::Rc;
 use subject::Subject;
@@ -43,13 +44,13 @@ fn holds(subject: Subject) {
 
 fn runs(subject: Subject, schedules: u64) {
     let (mut flushed, mut failed) = (0, 0);
-    let seeds = seeds(subject.name, schedules);
-    let count = seeds.end - seeds.start;
-    for seed in seeds {
+    let mut seeds = Seeds::few(schedules);
+    for seed in seeds.by_ref() {
         let (well, badly) = run(subject, seed);
         flushed += well;
         failed += badly;
     }
+    let count = seeds.given();
     println!(
         "{}: {count} schedules, {flushed} flushes succeeded, {failed} failed",
         subject.name
