@@ -65,20 +65,28 @@ struct MemoryState {
 }
 
 pub(crate) fn apply(bytes: &mut Vec<u8>, event: &ImageEvent) {
-    let mut put = |at: u64, len: usize, from: &dyn Fn(usize) -> u8| {
+    // By slices: byte by byte, this was half of what the tests of this format computed.
+    let mut place = |at: u64, len: usize| {
         let (at, end) = (at as usize, at as usize + len);
         if bytes.len() < end {
             bytes.resize(end, 0);
         }
-        for (number, byte) in bytes[at..end].iter_mut().enumerate() {
-            *byte = from(number);
-        }
+        at..end
     };
     match event {
-        ImageEvent::Write(at, data) => put(*at, data.len(), &|number| data[number]),
-        ImageEvent::Clear(at, len) => put(*at, *len as usize, &|_| 0),
+        ImageEvent::Write(at, data) => {
+            let place = place(*at, data.len());
+            bytes[place].copy_from_slice(data);
+        }
+        ImageEvent::Clear(at, len) => {
+            let place = place(*at, *len as usize);
+            bytes[place].fill(0);
+        }
         // A device may have anything there afterwards.
-        ImageEvent::Discard(at, len) => put(*at, *len as usize, &|_| 0xdd),
+        ImageEvent::Discard(at, len) => {
+            let place = place(*at, *len as usize);
+            bytes[place].fill(0xdd);
+        }
         ImageEvent::Size(size) => bytes.resize(*size as usize, 0),
         ImageEvent::FlushBegin(_) | ImageEvent::FlushEnd(_) => {}
     }
