@@ -25,7 +25,11 @@ pub(crate) fn readable(fd: RawFd, limit: Duration) -> Result<bool> {
     Ok(count > 0)
 }
 
-/// Polls until `found` returns something; for changes without an event.
+/// Least and most time between two polls.
+const PAUSE: [Duration; 2] = [Duration::from_millis(5), Duration::from_millis(100)];
+
+/// Polls until `found` returns something; for changes without an event. The pause is twice as long as the poll was, which
+/// took processor time away from what it waits for.
 pub(crate) fn until<T>(
     what: &str,
     limit: Duration,
@@ -33,12 +37,14 @@ pub(crate) fn until<T>(
 ) -> Result<T> {
     let deadline = Instant::now() + limit;
     loop {
+        let begun = Instant::now();
         if let Some(value) = found()? {
             return Ok(value);
         }
-        if Instant::now() >= deadline {
+        let now = Instant::now();
+        if now >= deadline {
             bail!("{what} did not come in {limit:?}");
         }
-        std::thread::sleep(Duration::from_millis(5));
+        std::thread::sleep((2 * now.duration_since(begun)).clamp(PAUSE[0], PAUSE[1]));
     }
 }

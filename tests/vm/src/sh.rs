@@ -81,7 +81,11 @@ pub(crate) fn get(path: impl AsRef<Path>) -> Result<String> {
     Ok(text.trim().to_owned())
 }
 
-/// Polls until the condition holds; an error names what did not come.
+/// Least and most time between two polls.
+const PAUSE: [Duration; 2] = [Duration::from_millis(20), Duration::from_millis(250)];
+
+/// Polls until the condition holds; an error names what did not come. A condition that runs programs takes processor
+/// time away from what it waits for, so the pause is twice as long as the poll was.
 pub(crate) fn wait_for(
     what: &str,
     limit: Duration,
@@ -89,13 +93,15 @@ pub(crate) fn wait_for(
 ) -> Result<()> {
     let deadline = Instant::now() + limit;
     loop {
+        let begun = Instant::now();
         if condition()? {
             return Ok(());
         }
-        if Instant::now() >= deadline {
+        let now = Instant::now();
+        if now >= deadline {
             bail!("{what} did not happen within {} s", limit.as_secs());
         }
-        std::thread::sleep(Duration::from_millis(20));
+        std::thread::sleep((2 * now.duration_since(begun)).clamp(PAUSE[0], PAUSE[1]));
     }
 }
 
