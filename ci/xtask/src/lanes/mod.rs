@@ -53,9 +53,9 @@ const USUAL: &[Lane] = &[
 /// Runs the lanes, some of them concurrently, and returns their sums:
 /// - First the tests on the host, some of which have limits in real time. They mostly wait for processes, and compilers
 ///   use what they leave.
-/// - Then honest guests. QEMU kills one in four or five hardware virtualised guests while another program wants the host's
-///   processors, so the checks beside them, which compile the workspace once more, get only what is idle.
-/// - Then malicious guests, and beside them the bench, whose machine counts time in instructions.
+/// - Then honest guests, and malicious ones. QEMU kills one in four or five hardware virtualised guests while another
+///   program wants the host's processors, so what runs beside them gets only what is idle: the checks, which compile the
+///   workspace once more, and the bench, whose machine counts time in instructions.
 pub(crate) fn run(lanes: &[Lane], only: &str, seed: Option<u64>) -> TestTally {
     let wanted = WantedLanes {
         lanes: if lanes.is_empty() { USUAL } else { lanes },
@@ -87,11 +87,11 @@ pub(crate) fn run(lanes: &[Lane], only: &str, seed: Option<u64>) -> TestTally {
         })
     };
     tally.join(both(&[Lane::Host], &|| wanted.each(compilers)));
-    if has_guests {
-        tally.join(both(HONEST, &|| wanted.idle(&[Lane::Check])));
-    }
-    let malicious = &[Lane::Hostile, Lane::Nightly];
-    tally.join(both(malicious, &|| wanted.each(&[Lane::Bench])));
+    let beside: &[Lane] = match has_guests {
+        true => &[Lane::Check, Lane::Bench],
+        false => &[Lane::Bench],
+    };
+    tally.join(both(MACHINES, &|| wanted.idle(beside)));
     let seconds = wanted.start.elapsed().as_secs_f64();
     steps::took(StepKind::Lane, "all lanes", seconds);
     tally
@@ -99,6 +99,9 @@ pub(crate) fn run(lanes: &[Lane], only: &str, seed: Option<u64>) -> TestTally {
 
 /// Lanes with honest guests.
 const HONEST: &[Lane] = &[Lane::E2e, Lane::Debug];
+
+/// Lanes that boot machines whose clock is that of the host, in this order.
+const MACHINES: &[Lane] = &[Lane::E2e, Lane::Debug, Lane::Hostile, Lane::Nightly];
 
 /// The lanes of a run.
 struct WantedLanes<'a> {
