@@ -12,6 +12,7 @@ pub(crate) mod names;
 mod pages;
 pub(crate) mod panics;
 pub(crate) mod prose;
+mod recorded;
 pub(crate) mod reference;
 mod source;
 pub(crate) mod subjects;
@@ -65,6 +66,7 @@ fn of_text(tally: &mut TestTally, sources: &[Source]) {
     tally.check("check.dependency-direction", direction::check(sources));
     tally.check("check.circles", circles::check(sources));
     tally.check("check.pages", pages::check(sources));
+    tally.check("check.recorded-output", recorded::check(sources));
     tally.check("check.prose", prose::check(sources));
     tally.check("check.names", names::check(sources));
     tally.check("check.reference", reference::check(sources));

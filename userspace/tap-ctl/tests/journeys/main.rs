@@ -1,24 +1,27 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! The page of recorded sessions, `docs/guide/journeys.md`: each is run here with the real programs, and the page must have
-//! what they print. `XENTAP_RECORD=1` writes the page.
+//! Output on pages of the manual: the sessions of `docs/guide/journeys.md`, and blocks of other pages. Their commands are
+//! run here with the real programs, and the pages must have what they print. `XENTAP_RECORD=1` writes the pages.
 
+mod blocks;
+mod disks;
 #[path = "../backup/host.rs"]
 #[allow(dead_code, reason = "the faults are for the tests of backups")]
 mod host;
+mod shell;
 #[path = "../backup/tapimg.rs"]
 mod tapimg;
 mod words;
 
 use host::HostState;
+use shell::{of_checkout, session, ShellFolder};
 use std::fmt::Write as _;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::process::Command;
 use std::sync::{Arc, Mutex};
-use tapimg::{tapimg, tapimg_program};
-use words::normal;
+use tapimg::tapimg;
 
-const PAGE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/guide/journeys.md");
+const PAGE: &str = "docs/guide/journeys.md";
 const RECORD: &str = "XENTAP_RECORD";
 
 const HEAD: &str = "\
@@ -115,70 +118,28 @@ const SESSIONS: &[RecordedSession] = &[
     ),
 ];
 
-/// A folder with the programs and a supervisor.
-fn bed() -> tempfile::TempDir {
-    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a folder");
-    let path = |name: &str| dir.path().join(name);
-    for name in ["bin", "root", "srv", "disks"] {
-        fs::create_dir(path(name)).expect("a folder");
-    }
-    let options = format!(
-        "--socket {} --root {}",
-        path("socket").display(),
-        path("root").display()
-    );
-    let real = env!("CARGO_BIN_EXE_tap-ctl");
-    for (name, line) in [
-        ("tapimg", format!("{} \"$@\"", tapimg_program().display())),
-        ("tap-ctl", format!("{real} {options} \"$@\"")),
-    ] {
-        fs::write(path("bin").join(name), format!("#!/bin/sh\nexec {line}\n")).expect("write");
-        host::mode(&path("bin").join(name), 0o755);
-    }
+/// A shell, and a supervisor with a disk that can be backed up.
+fn shell_with_supervisor() -> ShellFolder {
+    let shell = ShellFolder::new();
     let state = Arc::new(Mutex::new(HostState::default()));
     let mut host = state.lock().expect("the state");
-    host.frozen_file = path("frozen");
-    host.add(path("disks").join("a.img"), 51712);
+    host.frozen_file = shell.path("frozen");
+    host.add(shell.path("disks/a.img"), 51712);
     drop(host);
-    host::serve(&path("socket"), state);
-    dir
+    host::serve(&shell.socket(), state);
+    shell
 }
 
 /// Returns the whole page, made by a run.
 fn page() -> String {
-    let dir = bed();
-    let mut script = String::from("exec 2>&1\n");
-    for (number, (_, _, lines)) in SESSIONS.iter().enumerate() {
-        for (at, line) in lines.iter().enumerate() {
-            // The marks are no text that a program prints.
-            writeln!(script, "printf '\\001{number}.{at}\\002'\n{line}").expect("text");
-        }
-    }
-    let path = std::env::var("PATH").expect("a path");
-    let output = Command::new("sh")
-        .args(["-c", &script])
-        .current_dir(dir.path().join("srv"))
-        .env(
-            "PATH",
-            format!("{}:{path}", dir.path().join("bin").display()),
-        )
-        .output()
-        .expect("sh");
-    let text = String::from_utf8(output.stdout).expect("text");
-    let text = normal(&text, dir.path());
-    let mut outputs = text.split('\u{1}').skip(1).map(|part| {
-        let (_, output) = part.split_once('\u{2}').expect("a mark");
-        output.to_owned()
-    });
+    let lines = SESSIONS.iter().flat_map(|(_, _, lines)| *lines);
+    let lines: Vec<String> = lines.map(|line| (*line).to_owned()).collect();
+    let outputs = shell_with_supervisor().run(&lines);
+    let mut outputs = outputs.iter().map(String::as_str);
     let mut page = HEAD.to_owned();
     for (heading, what, lines) in SESSIONS {
-        write!(page, "\n## {heading}\n\n{what}\n\n```console\n").expect("text");
-        for line in *lines {
-            let output = outputs.next().expect("the output of each command");
-            write!(page, "$ {line}\n{output}").expect("text");
-            assert!(page.ends_with('\n'), "{line}: {output}");
-        }
-        page.push_str("```\n");
+        let block = session(lines.iter().copied().zip(outputs.by_ref()));
+        write!(page, "\n## {heading}\n\n{what}\n\n```console\n{block}```\n").expect("text");
     }
     page
 }
@@ -193,17 +154,20 @@ fn the_page_has_what_the_programs_print() {
     }
     let new = page();
     if std::env::var_os(RECORD).is_some() {
-        fs::write(PAGE, &new).expect("write");
+        fs::write(of_checkout(PAGE), &new).expect("write");
         return;
     }
-    let old = fs::read_to_string(PAGE).expect("the page");
+    let old = fs::read_to_string(of_checkout(PAGE)).expect("the page");
     let differs = old.lines().zip(new.lines()).find(|(old, new)| old != new);
     assert!(
         old == new,
-        "docs/guide/journeys.md is not what the programs print ({differs:?}): \
+        "{PAGE} is not what the programs print ({differs:?}): \
          `{RECORD}=1 cargo test -p tap-ctl --test journeys` writes it"
     );
     assert!(new.len() < 12 << 10, "the page is too long");
-    let mode = fs::metadata(PAGE).expect("the page").permissions().mode();
+    let mode = fs::metadata(of_checkout(PAGE))
+        .expect("the page")
+        .permissions()
+        .mode();
     assert_eq!(mode & 0o111, 0);
 }
