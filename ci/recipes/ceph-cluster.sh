@@ -43,8 +43,9 @@ bluestore block size = 2147483648
 bluestore cache autotune = false
 bluestore cache size = 67108864
 TEXT
+# Debian's daemons look for their plugins, such as the operations on images, below their folder, which systemd makes /.
 daemon() {
-	"$@" --conf /etc/ceph/daemons.conf
+	(cd / && exec "$@" --conf /etc/ceph/daemons.conf)
 }
 admin=/etc/ceph/ceph.client.admin.keyring
 ceph-authtool --create-keyring $store/mon.keyring --gen-key -n mon. --cap mon 'allow *'

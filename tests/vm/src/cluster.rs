@@ -61,9 +61,12 @@ pub(crate) fn kill_osd(id: u32) -> Result<()> {
     peer::run(&format!("kill -9 $(cat /run/ceph/osd.{id}.pid)")).map(drop)
 }
 
-/// Starts an OSD that was killed.
+/// Starts an OSD that was killed, in the folder below which it looks for its plugins.
 pub(crate) fn start_osd(id: u32) -> Result<()> {
-    peer::run(&format!("ceph-osd -i {id} --conf /etc/ceph/daemons.conf")).map(drop)
+    peer::run(&format!(
+        "cd / && ceph-osd -i {id} --conf /etc/ceph/daemons.conf"
+    ))
+    .map(drop)
 }
 
 /// Runs `rbd` as the host's user, and returns its output.
