@@ -99,7 +99,7 @@ impl Iterator for Seeds {
     }
 }
 
-/// What the environment says.
+/// Values of the variables in the environment.
 #[derive(Debug)]
 struct Wanted {
     first: Option<u64>,
