@@ -231,15 +231,12 @@ fn each_comment_of_a_page_names_a_block_that_is_recorded() {
                 continue;
             }
             let text = fs::read_to_string(&path).unwrap_or_default();
-            let names = text.split("<!-- recorded: ").skip(1);
-            found.extend(
-                names
-                    .filter_map(|rest| rest.split_once(" -->"))
-                    .map(|(name, _)| {
-                        let page = path.strip_prefix(of_checkout("")).expect("a page");
-                        (page.display().to_string(), name.to_owned())
-                    }),
-            );
+            let page = path.strip_prefix(of_checkout("")).expect("a page");
+            // Text may quote such a comment.
+            let names = text
+                .lines()
+                .filter_map(|line| line.strip_prefix("<!-- recorded: ")?.strip_suffix(" -->"));
+            found.extend(names.map(|name| (page.display().to_string(), name.to_owned())));
         }
     }
     let recorded = BLOCKS
