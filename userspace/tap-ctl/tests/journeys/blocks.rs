@@ -243,6 +243,7 @@ fn each_comment_of_a_page_names_a_block_that_is_recorded() {
         .iter()
         .map(|block| (block.page.to_owned(), block.name.to_owned()));
     let mut recorded: Vec<(String, String)> = recorded.collect();
-    (found.sort(), recorded.sort());
+    found.sort();
+    recorded.sort();
     assert_eq!(found, recorded);
 }
