@@ -3,6 +3,7 @@
 
 mod backup;
 mod disk;
+mod migrate;
 
 use crate::events::Events;
 use crate::group::GroupVerb;
@@ -14,6 +15,7 @@ use control::tapdisk::{Engine, OnError};
 use control::{Driver, GroupName, InGroup, MarkName, NewSize, Target};
 pub(crate) use disk::{Handoff, Mirror, Snapshot, Trace, Which};
 use manual::Generated;
+pub(crate) use migrate::MigrateOut;
 use std::path::PathBuf;
 
 /// Heading of the options that each verb has, so that they are not among its own.
@@ -114,6 +116,7 @@ Examples:
   tap-ctl stream web xvda --wait        # copies the frozen image into the new one
   tap-ctl commit web xvda aio:/srv/a.img --wait   # or merges the new one into the frozen one
   tap-ctl mirror web xvda aio:/dev/vg/b --wait   # copies the disk there, and serves it from there
+  tap-ctl migrate-out web beta          # the guest and its disks, to another host
   tap-ctl trace web xvda --to /dev/shm/web   # writes down what the guest asks for
   tap-ctl handoff web xvda              # a new process for the disk
   tap-ctl handoff --all                 # after an upgrade: new processes for all disks
@@ -293,6 +296,14 @@ pub(crate) enum Verb {
     ///
     /// Not for disks with the mode r, r! or w!, with a lease, or that are encrypted.
     Backup(Box<Backup>),
+    /// Move a guest to another host with its tap disks, which no storage shares, while it works
+    ///
+    /// Each disk is copied to an image of HOST, to which it then switches, and `xl migrate` moves the guest. HOST serves
+    /// the image until this host has released it.
+    ///
+    /// Not for disks that are encrypted, that have a lease, or that several guests write. Disks of the kernel (phy)
+    /// must be on storage that both hosts reach.
+    MigrateOut(MigrateOut),
     /// Make an image of a backup, after a check of all backups that it needs
     ///
     /// An image that a disk uses is refused: shut the guest down first, or make a new image.

@@ -21,7 +21,10 @@ const GROUPS: [(&str, &[&str]); 5] = [
         ],
     ),
     ("Limits", &["set", "group"]),
-    ("Hosts", &["lease", "adopt", "forget", "park", "unpark"]),
+    (
+        "Hosts",
+        &["migrate-out", "lease", "adopt", "forget", "park", "unpark"],
+    ),
     (
         "Single steps of create and destroy",
         &[
@@ -128,7 +131,7 @@ mod tests {
             .map(|(heading, _)| text.find(&format!("\n{heading}:\n")).expect(heading))
             .collect();
         assert!(places.is_sorted(), "{text}");
-        assert!(text.contains("\n  pause     Finish"), "{text}");
+        assert!(text.contains("\n  pause        Finish"), "{text}");
         assert!(text.contains("--json"), "{text}");
         let end = text.find(OPTIONS).expect("the options come last");
         let verbs = &text[places[0]..end];

@@ -106,11 +106,7 @@ fn run(cli: &Cli, first: &Request, again: Option<Request>) -> Result<(), Error> 
         _ => false,
     };
     if let Some(again) = again {
-        while let JobState::Runs(offset, copied) = state(&reply)? {
-            progress(cli, offset, copied)?;
-            std::thread::sleep(STEP);
-            reply = ask(cli, &again)?;
-        }
+        reply = wait(cli, reply, &again)?;
     }
     // How the last one has ended says nothing of who only asks for that.
     let failure = match state(&reply)? {
@@ -128,6 +124,26 @@ fn run(cli: &Cli, first: &Request, again: Option<Request>) -> Result<(), Error> 
             Ok(crate::say(&text)?)
         }
     }
+}
+
+/// Asks until the job is over; returns the last answer.
+fn wait(cli: &Cli, mut reply: Reply, again: &Request) -> Result<Reply, Error> {
+    while let JobState::Runs(offset, copied) = state(&reply)? {
+        progress(cli, offset, copied)?;
+        std::thread::sleep(STEP);
+        reply = ask(cli, again)?;
+    }
+    Ok(reply)
+}
+
+/// Begins a job of one that `again` asks for, and returns how it has ended.
+///
+/// # Errors
+/// It cannot begin, or the supervisor does not answer.
+pub(crate) fn finish(cli: &Cli, begin: &Request, again: &Request) -> Result<JobState, Error> {
+    let reply = ask(cli, begin)?;
+    let last = wait(cli, reply, again)?;
+    Ok(state(&last)?)
 }
 
 /// For people who wait.

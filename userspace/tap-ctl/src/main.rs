@@ -18,6 +18,7 @@ mod jobs;
 mod lease;
 mod list;
 mod metrics;
+mod migrate_out;
 mod program;
 mod report;
 mod resize;
@@ -50,6 +51,7 @@ fn main() -> ExitCode {
         Verb::Backup(asked) => return end(&cli, backup::run(&cli, asked)),
         Verb::FreezeGuard { means, seconds } => return backup::freeze_guard(means, *seconds),
         Verb::Restore(asked) => backup::restore(&cli, asked),
+        Verb::MigrateOut(asked) => migrate_out::run(&cli, asked),
         Verb::Generate { what } => completion::script(*what, SEE_ALSO)
             .and_then(|text| io::stdout().write_all(text.as_bytes()))
             .map_err(Error::Output),
@@ -368,6 +370,7 @@ fn request(verb: &Verb) -> Result<Request, Failure> {
         | Verb::Lease { .. }
         | Verb::Backup(_)
         | Verb::Restore(_)
+        | Verb::MigrateOut(_)
         | Verb::FreezeGuard { .. }
         | Verb::Complete { .. }
         | Verb::Generate { .. } => Request::Top,

@@ -53,6 +53,7 @@ const PROGRAMS: &[&str] = &[
     "sanlock",
     "sed",
     "sync",
+    "ssh",
     "systemctl",
     "systemd-sysusers;",
     "tap-ctl",

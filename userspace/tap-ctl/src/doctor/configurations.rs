@@ -3,9 +3,8 @@
 //! Such a guest keeps running, and does not start again.
 
 use super::{warn, Finding};
-use crate::host::Host;
+use crate::host::{xl_copies, Host};
 use control::{Code, Failure, FrozenDevices, ImageMark, Target};
-use serde_json::Value;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc;
@@ -14,8 +13,6 @@ use std::time::Duration;
 
 /// Folder of configurations.
 const CONFIGURATIONS: &str = "/etc/xen";
-/// Folder with the copies that xl starts a guest from when it reboots.
-const COPIES: &str = "/var/lib/xen";
 /// Bytes of the largest file that is taken for a configuration.
 const LARGEST: u64 = 1 << 20;
 /// Time that a file system gets to say what an image is. One that hangs must not hide the other findings.
@@ -131,30 +128,16 @@ fn path_of(target: &str) -> Option<PathBuf> {
 
 /// The disks of the copies that xl keeps of the configurations of running guests.
 fn in_copies(host: &Host) -> Vec<ConfiguredDisk> {
-    let mut disks = Vec::new();
-    let folder = host.path(COPIES);
-    let is_copy = |name: &String| name.starts_with("userdata-d.") && name.ends_with(".libxl-json");
-    for name in host.names(&folder).into_iter().filter(is_copy) {
-        let Some(text) = host.optional(&folder.join(&name)) else {
-            continue;
-        };
-        // Another version of libxl may write something else.
-        let copy: Value = serde_json::from_str(&text).unwrap_or_default();
-        let all = copy["disks"].as_array().into_iter().flatten();
-        let tap = all.filter(|disk| {
-            disk["script"]
-                .as_str()
-                .is_some_and(|its| its.ends_with("block-tap-rs"))
-        });
-        let written = tap.filter(|disk| disk["readwrite"].as_u64() == Some(1));
-        let paths = written.filter_map(|disk| path_of(disk["pdev_path"].as_str()?));
-        disks.extend(paths.map(|path| ConfiguredDisk {
-            path,
-            source: Path::new(COPIES).join(&name),
+    let written = xl_copies::tap_disks(host).into_iter();
+    let written = written.filter(|disk| disk.is_written);
+    let disks = written.filter_map(|disk| {
+        Some(ConfiguredDisk {
+            path: path_of(&disk.target)?,
+            source: disk.source,
             remedy: "correct the guest's file, then `xl config-update GUEST FILE`",
-        }));
-    }
-    disks
+        })
+    });
+    disks.collect()
 }
 
 #[cfg(test)]

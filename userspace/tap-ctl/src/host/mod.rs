@@ -8,6 +8,7 @@ pub(crate) mod shared_storage;
 pub(crate) mod task;
 pub(crate) mod vbd;
 pub(crate) mod xenstore;
+pub(crate) mod xl_copies;
 
 use serde::Serialize;
 use std::cell::RefCell;

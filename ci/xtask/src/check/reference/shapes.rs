@@ -172,6 +172,11 @@ const PAGES: &[(&str, &str, &[PrintedType])] = &[
                 "userspace/tap-ctl/src/backup/restore.rs",
                 "RestoreResult",
             ),
+            (
+                "`tap-ctl migrate-out`",
+                "userspace/tap-ctl/src/migrate_out/mod.rs",
+                "MoveResult",
+            ),
         ],
     ),
 ];
