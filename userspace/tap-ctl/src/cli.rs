@@ -126,6 +126,7 @@ Examples:
   tap-ctl lease show /srv/a.img         # which host has it
   tap-ctl lease break /srv/a.img --holder-is-dead 7
   tap-ctl lease break /dev/mapper/lun7 --holder-is-dead 0x3fa2c00107abcdef
+  tap-ctl lease break id=xen,rbd:vms/web --holder-is-dead 4123
 
 For trace, handoff and snapshot a number alone is still that of a node, as before; the next release takes it for a guest.
 
@@ -476,7 +477,8 @@ Examples:
 #[derive(Debug, Subcommand)]
 pub(crate) enum LeaseVerb {
     /// Say who has it: of a reservation its key, the host if it is this one, else a part of its number; of a lease of
-    /// sanlock's the host's number in the lockspace, and whether it lives
+    /// sanlock's the host's number in the lockspace, and whether it lives; of an image of Ceph its clients, a line for
+    /// each, which may be programs as well as hosts
     Show {
         /// A target, or the absolute path of an image
         image: String,
@@ -485,13 +487,14 @@ pub(crate) enum LeaseVerb {
     ///
     /// A record is watched for 13 seconds: its holder must be silent. Of a reservation the storage first ends what its
     /// holder has under way, and refuses from then on what it writes: should it live, its disk stops. A lease of
-    /// sanlock's is not broken: sanlock gives it to the next host once a watchdog has reset the dead one.
+    /// sanlock's is not broken: sanlock gives it to the next host once a watchdog has reset the dead one. A client of an
+    /// image of Ceph is put on the cluster's blocklist for 30 days: should it live, all its disks stop.
     Break {
         /// A target, or the absolute path of an image
         image: String,
-        /// You say that the holder of this generation, or of this key (see show), is dead: its host was powered
-        /// off, and nothing of its I/O can reach the storage any more
-        #[arg(long, value_name = "GENERATION|KEY", value_parser = number)]
+        /// You say that the holder of this generation, of this key, or the client with this number (see show), is dead:
+        /// its host was powered off, and nothing of its I/O can reach the storage any more
+        #[arg(long, value_name = "GENERATION|KEY|CLIENT", value_parser = number)]
         holder_is_dead: u64,
     },
 }

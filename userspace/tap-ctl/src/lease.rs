@@ -2,9 +2,12 @@
 //! Leases, which decide which of several hosts may write an image. This works without the supervisor, because
 //! administrators need it when hosts are dead.
 
+mod rbd;
+
 use crate::cli::LeaseVerb;
 use control::{Code, Failure, LeaseKind, Target};
 use lease::{date, Holder, HolderIsDead, Lease, LeaseClaim, LeaseView};
+use rbd::CephImage;
 use serde_json::{json, Value};
 use std::path::Path;
 
@@ -12,6 +15,11 @@ use std::path::Path;
 pub(crate) fn run(verb: &LeaseVerb) -> Result<(String, Value), Failure> {
     match verb {
         LeaseVerb::Show { image } => {
+            if let Some(image) = CephImage::of_target(image) {
+                let view = image?.inspect()?;
+                let told = json!(view);
+                return Ok((rbd::show(&view), told));
+            }
             let view = find(image)?.inspect()?;
             let told = json!(view);
             Ok((show(&view), told))
@@ -20,6 +28,11 @@ pub(crate) fn run(verb: &LeaseVerb) -> Result<(String, Value), Failure> {
             image,
             holder_is_dead,
         } => {
+            if let Some(image) = CephImage::of_target(image) {
+                let was = image?.break_off(*holder_is_dead)?;
+                let text = format!("state=free was={}\n", rbd::words(&was));
+                return Ok((text, json!({ "state": "free", "was": was })));
+            }
             let mut lease = find(image)?;
             let view = lease.inspect();
             if matches!(

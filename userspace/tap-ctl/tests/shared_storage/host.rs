@@ -189,18 +189,32 @@ impl HostFolder {
         // The programs kill the script by its number.
         bash.args(["-c", "export BED_SCRIPT=$$; exec \"$@\"", "bash"]);
         bash.arg(self.path("scripts").join(script)).arg(verb);
-        let old = std::env::var("PATH").unwrap_or_default();
-        bash.env("PATH", format!("{}:{old}", self.path("bin").display()))
-            .env("XENBUS_PATH", &disk.path)
+        self.surround(&mut bash);
+        bash.env("XENBUS_PATH", &disk.path)
             .env("XENBUS_TYPE", "vbd")
             .env("XENTAP_RUN", self.path("run"))
             .env("XENTAP_SYS", self.path("sys"))
-            .env("STORAGE_TIMEOUT", self.limit.get().to_string())
+            .env("STORAGE_TIMEOUT", self.limit.get().to_string());
+        bash
+    }
+
+    /// Gives a command the programs of this host.
+    fn surround(&self, command: &mut Command) {
+        let old = std::env::var("PATH").unwrap_or_default();
+        command
+            .env("PATH", format!("{}:{old}", self.path("bin").display()))
+            .env("BED_SCRIPT", std::process::id().to_string())
             .env("BED_HOST", self.dir.path())
             .env("BED_NAME", self.name)
             .env("BED_ADDRESS", format!("{}:0", self.name))
             .env("BED_CLUSTER", &self.cluster);
-        bash
+    }
+
+    /// Runs the tap-ctl of this project, not the stand-in of the script.
+    pub(crate) fn tap_ctl(&self, words: &[&str]) -> Output {
+        let mut program = Command::new(env!("CARGO_BIN_EXE_tap-ctl"));
+        self.surround(program.args(words));
+        program.output().expect("tap-ctl")
     }
 
     pub(crate) fn script(

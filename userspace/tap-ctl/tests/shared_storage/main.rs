@@ -7,6 +7,7 @@
 mod drbd;
 mod host;
 mod kills;
+mod lease;
 mod moves;
 mod rbd;
 mod targets;

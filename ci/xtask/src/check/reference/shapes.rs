@@ -74,6 +74,11 @@ const PAGES: &[(&str, &str, &[PrintedType])] = &[
                 "userspace/lease/src/lib.rs",
                 "LeaseView",
             ),
+            (
+                "`tap-ctl lease show`, of an image of Ceph,",
+                "userspace/tap-ctl/src/lease/rbd.rs",
+                "CephView",
+            ),
         ],
     ),
     (
