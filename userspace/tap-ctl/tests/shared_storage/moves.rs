@@ -51,7 +51,7 @@ fn second_start_of_the_guest_is_no_move() {
         "{why}"
     );
     assert!(
-        why.contains("`ceph osd blocklist add alpha:0/101`"),
+        why.contains("`tap-ctl lease break rbd:vms/web --holder-is-dead CLIENT`"),
         "{why}"
     );
     assert_eq!(beta.of(&disk, "hotplug-status"), "busy");
