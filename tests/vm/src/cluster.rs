@@ -3,8 +3,11 @@
 //! has the rights of the profile `rbd` and no others; commands over the network act as the cluster's administrator.
 
 use crate::peer::{self, PeerHost};
-use crate::sh;
-use anyhow::{Context, Result};
+use crate::{sh, xs};
+use anyhow::{ensure, Context, Result};
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 use std::time::Duration;
 
 /// The script that brings it up, in the payload.
@@ -17,6 +20,10 @@ const LIMIT: Duration = Duration::from_secs(240);
 pub(crate) const POOL: &str = "vms";
 /// Files that the host needs.
 const CLIENT: [&str; 2] = ["/etc/ceph/ceph.conf", "/etc/ceph/ceph.client.xen.keyring"];
+/// The kernel's mappings of images.
+const MAPPINGS: &str = "/sys/bus/rbd/devices";
+/// Records of the hotplug script.
+const RECORDS: &str = "/run/xentap/mapped";
 
 /// Runs as the cluster until the host ends it.
 pub(crate) fn main(disk: &str) -> Result<()> {
@@ -32,11 +39,49 @@ pub(crate) fn ready() -> Result<()> {
         Ok(matches!(peer::status("ceph -s"), Ok((rc, _)) if rc == "0"))
     })?;
     wait_clean()?;
-    std::fs::create_dir_all("/etc/ceph").context("cannot make /etc/ceph")?;
+    fs::create_dir_all("/etc/ceph").context("cannot make /etc/ceph")?;
     for file in CLIENT {
-        let text = peer::run(&format!("cat {file}"))?;
-        std::fs::write(file, text).with_context(|| format!("cannot write {file}"))?;
+        secret(file, &peer::run(&format!("cat {file}"))?)?;
     }
+    Ok(())
+}
+
+/// Writes a file that only root can read, as the hotplug script wants keys.
+pub(crate) fn secret(file: &str, text: &str) -> Result<()> {
+    fs::write(file, text).with_context(|| format!("cannot write {file}"))?;
+    fs::set_permissions(file, fs::Permissions::from_mode(0o600))
+        .with_context(|| format!("cannot take the rights to {file} from others"))
+}
+
+/// Target of an image or a snapshot `POOL/IMAGE`, as a guest's configuration has it.
+pub(crate) fn target(image: &str) -> String {
+    format!("id=xen,rbd:{image}")
+}
+
+/// Returns the device that the hotplug script has made for the disk with this directory in xenstore.
+pub(crate) fn device(backend: &str) -> Result<String> {
+    xs::must_read(&format!("{backend}/physical-device-path"))
+}
+
+/// Checks that this host has as many images mapped, and as many records of that.
+pub(crate) fn has_mapped(wanted: usize) -> Result<()> {
+    let count = |folder: &str| -> Result<usize> {
+        if !Path::new(folder).exists() {
+            return Ok(0);
+        }
+        let names = fs::read_dir(folder).with_context(|| format!("cannot read {folder}"))?;
+        // The folder of locks begins with a point.
+        let shown = names.filter(|name| {
+            let name = name.as_ref().map(|it| it.file_name());
+            name.map_or(true, |name| !name.to_string_lossy().starts_with('.'))
+        });
+        Ok(shown.count())
+    };
+    let (mappings, records) = (count(MAPPINGS)?, count(RECORDS)?);
+    ensure!(
+        (mappings, records) == (wanted, wanted),
+        "the kernel has {mappings} images mapped, the script has {records} records, and there are {wanted} disks"
+    );
     Ok(())
 }
 
@@ -67,6 +112,20 @@ pub(crate) fn start_osd(id: u32) -> Result<()> {
         "cd / && ceph-osd -i {id} --conf /etc/ceph/daemons.conf"
     ))
     .map(drop)
+}
+
+/// Kills the monitor, of which there is one.
+pub(crate) fn kill_monitor() -> Result<()> {
+    peer::run("kill -9 $(cat /run/ceph/mon.a.pid)").map(drop)
+}
+
+/// Starts the monitor if it does not run, and waits until the cluster is well.
+pub(crate) fn have_monitor() -> Result<()> {
+    let start = "cd / && ceph-mon -i a --conf /etc/ceph/daemons.conf";
+    peer::run(&format!(
+        "kill -0 $(cat /run/ceph/mon.a.pid) 2>/dev/null || {{ {start}; }}"
+    ))?;
+    wait_clean()
 }
 
 /// Runs `rbd` as the host's user, and returns its output.

@@ -1,55 +1,31 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! Disks on Ceph: the kernel's client maps an image, and the driver serves its block device. The cluster in the other
-//! machine loses daemons and its network below verified loads.
+//! Disks on Ceph: the hotplug script maps an image with the kernel's client, and the driver serves its block device. The
+//! cluster is in the other machine.
 
 use super::basic::{compare, verify_job, FIO};
-use super::tap::{end_load, start_load_with, VDEV};
-use super::{Case, Context, SecondMachine, SharedGuest};
+use super::tap::VDEV;
+use super::{ceph_faults, ceph_writers, Case, Context, SecondMachine, SharedGuest};
 use crate::backing;
 use crate::cluster::{self, POOL};
-use crate::console::GuestJob;
 use crate::guest::{AttachedVbd, Guest};
-use crate::peer;
-use crate::{hotplug, sh};
-use anyhow::{ensure, Context as _, Result};
-use std::thread;
+use crate::{peer, sh, tap};
+use anyhow::{ensure, Result};
 use std::time::{Duration, Instant};
 
 /// Part of an image that a load uses, in MiB.
-const LOADED: u32 = 16;
+pub(super) const LOADED: u32 = 16;
 /// Limit for the answers of waiting requests once the cluster serves again.
-const GO_ON: Duration = Duration::from_secs(120);
-/// Time for which the host has no network.
-const CUT: Duration = Duration::from_secs(60);
+pub(super) const GO_ON: Duration = Duration::from_secs(120);
+/// Clones of one snapshot.
+const CLONES: usize = 20;
 
-/// The cases of this file.
+/// The cases of all files about Ceph.
 pub(super) fn cases() -> Vec<Case> {
-    let case = |name, about, run: fn(&mut Context) -> Result<()>| Case {
-        ours: true,
-        ..Case::new(name, about, SharedGuest::Pv, run)
-            .nightly()
-            .beside(SecondMachine::Cluster)
-    };
-    vec![
+    let mut cases = vec![
         case(
             "ceph.attach_and_verify",
             "a guest writes and verifies an image, and another client of the cluster reads the same data",
             attach_and_verify,
-        ),
-        case(
-            "ceph.osd_dies",
-            "an OSD is killed and comes back under a verified load, which sees no error",
-            osd_dies,
-        ),
-        case(
-            "ceph.network_cut",
-            "the host has no network for a minute: requests wait, and go on without an error",
-            network_cut,
-        ),
-        case(
-            "ceph.pool_full",
-            "a pool is full by its quota: writes wait, reads do not, and all goes on when there is room",
-            pool_full,
         ),
         case(
             "ceph.resize",
@@ -61,28 +37,34 @@ pub(super) fn cases() -> Vec<Case> {
             "a snapshot keeps old data below a guest that writes, and its clone is a disk of its own",
             snapshot_and_clone,
         ),
-    ]
+        case(
+            "ceph.many_clones",
+            "20 clones of a snapshot are disks at once, each with the same data first, and then with its own",
+            many_clones,
+        ),
+    ];
+    cases.extend(ceph_faults::cases());
+    cases.extend(ceph_writers::cases());
+    cases
 }
 
-/// An image of the pool, until the end of the case.
-struct RbdImage {
-    /// Its name, `POOL/IMAGE`.
-    name: String,
+/// A case with a cluster.
+pub(super) fn case(name: &str, about: &str, run: fn(&mut Context) -> Result<()>) -> Case {
+    Case {
+        ours: true,
+        ..Case::new(name, about, SharedGuest::Pv, run)
+            .nightly()
+            .beside(SecondMachine::Cluster)
+    }
 }
 
-impl RbdImage {
-    fn create(context: &mut Context, name: &str, mib: u32) -> Result<RbdImage> {
-        cluster::ready()?;
-        let name = format!("{POOL}/{name}");
-        cluster::rbd(&["create", &name, "--size", &format!("{mib}M")])?;
-        remove_at_end(context, &name);
-        Ok(RbdImage { name })
-    }
-
-    /// Maps it with the kernel's client; returns the device by the name that administrators use.
-    fn map(&self, context: &mut Context) -> Result<String> {
-        map(context, &self.name)
-    }
+/// Makes an image of the pool, until the end of the case; returns its name, `POOL/IMAGE`.
+pub(super) fn image(context: &mut Context, name: &str, mib: u32) -> Result<String> {
+    cluster::ready()?;
+    let name = format!("{POOL}/{name}");
+    cluster::rbd(&["create", &name, "--size", &format!("{mib}M")])?;
+    remove_at_end(context, &name);
+    Ok(name)
 }
 
 fn remove_at_end(context: &mut Context, name: &str) {
@@ -92,39 +74,61 @@ fn remove_at_end(context: &mut Context, name: &str) {
     });
 }
 
-/// Maps an image or a snapshot until the end of the case.
-fn map(context: &mut Context, name: &str) -> Result<String> {
-    cluster::rbd(&["map", name])?;
-    let device = format!("/dev/rbd/{name}");
-    let theirs = device.clone();
-    context.at_end(format!("unmap {name}"), move || {
-        cluster::rbd(&["unmap", &theirs]).map(drop)
-    });
-    Ok(device)
+/// A guest's disk on an image.
+pub(super) struct RbdDisk {
+    /// The disk.
+    pub(super) vbd: AttachedVbd,
+    /// The kernel's device of the image.
+    pub(super) device: String,
+    /// The time that xl took.
+    took: Duration,
+}
+
+impl RbdDisk {
+    /// Attaches an image.
+    pub(super) fn attach(context: &Context, image: &str, vdev: &str) -> Result<RbdDisk> {
+        let begun = Instant::now();
+        let specification = tap::disk(&cluster::target(image), vdev, "w");
+        let vbd = context.pv()?.attach(&specification)?;
+        context.check_driver(&vbd)?;
+        let device = cluster::device(&vbd.backend)?;
+        Ok(RbdDisk {
+            vbd,
+            device,
+            took: begun.elapsed(),
+        })
+    }
+
+    /// Detaches it.
+    pub(super) fn detach(self, guest: &Guest) -> Result<()> {
+        guest.detach(&self.vbd)
+    }
 }
 
 fn attach_and_verify(context: &mut Context) -> Result<()> {
     let begun = Instant::now();
     cluster::ready()?;
     let waited = begun.elapsed();
-    let image = RbdImage::create(context, "web", 64)?;
-    let device = image.map(context)?;
+    let image = image(context, "web", 64)?;
+    let disk = RbdDisk::attach(context, &image, "xvda")?;
+    cluster::has_mapped(1)?;
+    let took = disk.took;
     let guest = context.pv()?;
-    let vbd = guest.attach(&format!("phy:{device},xvda,w"))?;
-    context.check_driver(&vbd)?;
     guest.run_for(&verify_job("/dev/xvda", LOADED, 300, 512), FIO)?;
-    compare(guest, "xvda", &device, LOADED)?;
-    let theirs = backing::sha256(&device, 64)?;
-    guest.detach(&vbd)?;
-    same_in_cluster(&image.name, &theirs)?;
+    compare(guest, "xvda", &disk.device, LOADED)?;
+    let ours = backing::sha256(&disk.device, 64)?;
+    disk.detach(guest)?;
+    cluster::has_mapped(0)?;
+    same_in_cluster(&image, &ours)?;
     context.note(&format!(
-        "the cluster was there after {} s",
-        waited.as_secs()
+        "the cluster was there after {} s, and a disk after {} s",
+        waited.as_secs(),
+        took.as_secs()
     ))
 }
 
 /// Checks that another client reads data with this sum.
-fn same_in_cluster(image: &str, ours: &str) -> Result<()> {
+pub(super) fn same_in_cluster(image: &str, ours: &str) -> Result<()> {
     let theirs = cluster::sha256(image)?;
     ensure!(
         theirs == ours,
@@ -133,190 +137,36 @@ fn same_in_cluster(image: &str, ours: &str) -> Result<()> {
     Ok(())
 }
 
-/// A guest's disk on an image, with a verified load.
-struct LoadedDisk {
-    image: RbdImage,
-    device: String,
-    vbd: AttachedVbd,
-    load: [GuestJob; 2],
-}
-
-impl LoadedDisk {
-    fn begin(context: &mut Context, name: &str) -> Result<LoadedDisk> {
-        let image = RbdImage::create(context, name, 32)?;
-        let device = image.map(context)?;
-        let guest = context.pv()?;
-        let vbd = guest.attach(&hotplug::disk(&device, VDEV, "w")?)?;
-        context.check_driver(&vbd)?;
-        let load = start_load_with(guest, "")?;
-        wait_answers(&vbd, 50)?;
-        Ok(LoadedDisk {
-            image,
-            device,
-            vbd,
-            load,
-        })
-    }
-
-    /// Ends the load, which must not have seen an error, and compares the data of guest, host and cluster.
-    fn end(self, context: &mut Context) -> Result<()> {
-        let guest = context.pv()?;
-        let told = end_load(guest, self.load)?;
-        compare(guest, VDEV, &self.device, LOADED)?;
-        let ours = backing::sha256(&self.device, 32)?;
-        guest.detach(&self.vbd)?;
-        same_in_cluster(&self.image.name, &ours)?;
-        context.note(&told)
-    }
-}
-
-/// Waits until the driver has answered that many more writes.
-fn wait_answers(vbd: &AttachedVbd, count: u64) -> Result<()> {
-    let before = vbd.statistic("wr_done")?;
-    sh::wait_for("answers to the guest's writes", GO_ON, || {
-        Ok(vbd.statistic("wr_done")? >= before + count)
-    })
-    .with_context(|| vbd.describe())
-}
-
-fn osd_dies(context: &mut Context) -> Result<()> {
-    let disk = LoadedDisk::begin(context, "osd")?;
-    cluster::kill_osd(1)?;
-    context.at_end("have three OSDs", cluster::wait_clean);
-    let killed = Instant::now();
-    cluster::wait_osds(2)?;
-    let seen = killed.elapsed();
-    // Two copies are enough.
-    wait_answers(&disk.vbd, 100)?;
-    cluster::start_osd(1)?;
-    cluster::wait_clean()?;
-    wait_answers(&disk.vbd, 100)?;
-    context.note(&format!(
-        "the cluster saw the death after {} s",
-        seen.as_secs()
-    ))?;
-    disk.end(context)
-}
-
-fn network_cut(context: &mut Context) -> Result<()> {
-    let disk = LoadedDisk::begin(context, "cut")?;
-    let card = peer::card()?;
-    let set = |card: &str, to: &str| sh::run(&["ip", "link", "set", card, to]).map(drop);
-    set(&card, "down")?;
-    let theirs = card.clone();
-    context.at_end("have a network", move || set(&theirs, "up"));
-    let cut = Instant::now();
-    // Answers that had arrived are handed on.
-    thread::sleep(CUT / 6);
-    let before = disk.vbd.statistic("wr_done")?;
-    thread::sleep(CUT.saturating_sub(cut.elapsed()));
-    let still = disk.vbd.statistic("wr_done")?;
-    ensure!(
-        before == still,
-        "{} writes were answered without a network",
-        still - before
-    );
-    set(&card, "up")?;
-    let restored = Instant::now();
-    wait_answers(&disk.vbd, 100)?;
-    context.note(&format!(
-        "writes went on {} s after the network was back",
-        restored.elapsed().as_secs()
-    ))?;
-    disk.end(context)
-}
-
-/// Bytes that the pool may have in the case about its quota.
-const QUOTA: u32 = 16 << 20;
-
-fn set_quota(bytes: u32) -> Result<()> {
-    peer::run(&format!("ceph osd pool set-quota {POOL} max_bytes {bytes}")).map(drop)
-}
-
-/// Waits until the pool is full, or is not.
-fn wait_full(wanted: bool) -> Result<()> {
-    let what = match wanted {
-        true => "a full pool",
-        false => "a pool with room",
-    };
-    sh::wait_for(what, GO_ON, || {
-        let pools = peer::run("ceph osd pool ls detail")?;
-        Ok(pools.contains("full_quota") == wanted)
-    })
-}
-
-fn pool_full(context: &mut Context) -> Result<()> {
-    let image = RbdImage::create(context, "full", 64)?;
-    let device = image.map(context)?;
-    set_quota(QUOTA)?;
-    // Before the image is removed, which a full pool refuses.
-    context.at_end("remove the quota", || set_quota(0).and(wait_full(false)));
-    let guest = context.pv()?;
-    let vbd = guest.attach(&hotplug::disk(&device, VDEV, "w")?)?;
-    fill(guest, 0, 24)?;
-    wait_full(true)?;
-    let (asked, answered) = (vbd.statistic("wr_req")?, vbd.statistic("wr_done")?);
-    let late = guest.start(&filling(24, 8))?;
-    sh::wait_for("a write to the full pool", GO_ON, || {
-        Ok(vbd.statistic("wr_req")? > asked)
-    })?;
-    // The case would show nothing if the write only took a while.
-    thread::sleep(Duration::from_secs(15));
-    ensure!(
-        vbd.statistic("wr_done")? == answered,
-        "a full pool has taken writes: {}",
-        vbd.describe()
-    );
-    guest.run(&format!(
-        "dd if=/dev/{VDEV} of=/dev/null bs=1M count=8 iflag=direct"
-    ))?;
-    set_quota(0)?;
-    let done = guest.wait(late, FIO)?;
-    done.succeeded("a write to a full pool failed when there was room")?;
-    compare(guest, VDEV, &device, 32)?;
-    let ours = backing::sha256(&device, 64)?;
-    guest.detach(&vbd)?;
-    same_in_cluster(&image.name, &ours)
-}
-
 /// Returns the command that writes random data, from this offset on (both in MiB).
-fn filling(at: u32, mib: u32) -> String {
-    format!("dd if=/dev/urandom of=/dev/{VDEV} bs=1M seek={at} count={mib} oflag=direct")
+pub(super) fn filling(vdev: &str, at: u32, mib: u32) -> String {
+    format!("dd if=/dev/urandom of=/dev/{vdev} bs=1M seek={at} count={mib} oflag=direct")
 }
 
-fn fill(guest: &Guest, at: u32, mib: u32) -> Result<()> {
-    guest.run_for(&filling(at, mib), FIO).map(drop)
+/// Writes random data in the guest, from this offset on (both in MiB).
+pub(super) fn fill(guest: &Guest, vdev: &str, at: u32, mib: u32) -> Result<()> {
+    guest.run_for(&filling(vdev, at, mib), FIO).map(drop)
 }
 
 fn resize(context: &mut Context) -> Result<()> {
-    let image = RbdImage::create(context, "grows", 32)?;
-    let device = image.map(context)?;
+    let image = image(context, "grows", 32)?;
+    let disk = RbdDisk::attach(context, &image, VDEV)?;
     let guest = context.pv()?;
-    let vbd = guest.attach(&hotplug::disk(&device, VDEV, "w")?)?;
-    fill(guest, 0, 4)?;
-    cluster::rbd(&["resize", "--no-progress", &image.name, "--size", "48M"])?;
+    fill(guest, VDEV, 0, 4)?;
+    cluster::rbd(&["resize", "--no-progress", &image, "--size", "48M"])?;
     sh::wait_for("the new size in the guest", GO_ON, || {
         let sectors = guest.run(&format!("cat /sys/block/{VDEV}/size"))?;
         Ok(sectors.trim() == (48 << 11).to_string())
     })?;
-    fill(guest, 44, 4)?;
-    compare(guest, VDEV, &device, 48)?;
-    let ours = backing::sha256(&device, 48)?;
-    guest.detach(&vbd)?;
-    same_in_cluster(&image.name, &ours)
+    fill(guest, VDEV, 44, 4)?;
+    compare(guest, VDEV, &disk.device, 48)?;
+    let ours = backing::sha256(&disk.device, 48)?;
+    disk.detach(guest)?;
+    same_in_cluster(&image, &ours)
 }
 
-fn snapshot_and_clone(context: &mut Context) -> Result<()> {
-    let image = RbdImage::create(context, "base", 32)?;
-    let device = image.map(context)?;
-    let vbd = {
-        let guest = context.pv()?;
-        let vbd = guest.attach(&hotplug::disk(&device, VDEV, "w")?)?;
-        fill(guest, 0, 8)?;
-        vbd
-    };
-    let old = backing::sha256(&device, 32)?;
-    let snapshot = format!("{}@before", image.name);
+/// Makes a snapshot of an image, from which clones can be made, until the end of the case.
+fn protected_snapshot(context: &mut Context, image: &str) -> Result<String> {
+    let snapshot = format!("{image}@before");
     cluster::rbd(&["snap", "create", "--no-progress", &snapshot])?;
     let theirs = snapshot.clone();
     context.at_end("remove the snapshot", move || {
@@ -327,27 +177,93 @@ fn snapshot_and_clone(context: &mut Context) -> Result<()> {
     context.at_end("unprotect the snapshot", move || {
         cluster::rbd(&["snap", "unprotect", &theirs]).map(drop)
     });
-    fill(context.pv()?, 4, 8)?;
-    let new = backing::sha256(&device, 32)?;
+    Ok(snapshot)
+}
+
+fn snapshot_and_clone(context: &mut Context) -> Result<()> {
+    let image = image(context, "base", 32)?;
+    let disk = RbdDisk::attach(context, &image, VDEV)?;
+    fill(context.pv()?, VDEV, 0, 8)?;
+    let old = backing::sha256(&disk.device, 32)?;
+    let snapshot = protected_snapshot(context, &image)?;
+    fill(context.pv()?, VDEV, 4, 8)?;
+    let new = backing::sha256(&disk.device, 32)?;
     ensure!(new != old, "the guest's writes changed nothing");
     same_in_cluster(&snapshot, &old)?;
     // The clone has its parent's data, and its own where another guest's disk has written.
     let child = format!("{POOL}/child");
     cluster::rbd(&["clone", &snapshot, &child])?;
     remove_at_end(context, &child);
-    let below = map(context, &child)?;
+    let second = RbdDisk::attach(context, &child, "xvdc")?;
     ensure!(
-        backing::sha256(&below, 32)? == old,
+        backing::sha256(&second.device, 32)? == old,
         "a clone has not the data of its snapshot"
     );
     let guest = context.pv()?;
-    let second = guest.attach(&hotplug::disk(&below, "xvdc", "w")?)?;
     guest.run_for(&verify_job("/dev/xvdc", LOADED, 200, 512), FIO)?;
-    compare(guest, "xvdc", &below, LOADED)?;
-    let changed = backing::sha256(&below, 32)?;
-    guest.detach(&second)?;
-    guest.detach(&vbd)?;
+    compare(guest, "xvdc", &second.device, LOADED)?;
+    let changed = backing::sha256(&second.device, 32)?;
+    second.detach(guest)?;
+    disk.detach(guest)?;
     same_in_cluster(&child, &changed)?;
     same_in_cluster(&snapshot, &old)?;
-    same_in_cluster(&image.name, &new)
+    same_in_cluster(&image, &new)
+}
+
+/// The name of a clone, and of its disk in the guest.
+fn clone_of(number: usize) -> (String, String) {
+    let letter = char::from(b'c' + u8::try_from(number).unwrap_or_default());
+    (format!("{POOL}/clone{number}"), format!("xvd{letter}"))
+}
+
+fn many_clones(context: &mut Context) -> Result<()> {
+    let image = image(context, "golden", 8)?;
+    let disk = RbdDisk::attach(context, &image, VDEV)?;
+    fill(context.pv()?, VDEV, 0, 8)?;
+    let golden = backing::sha256(&disk.device, 8)?;
+    disk.detach(context.pv()?)?;
+    let snapshot = protected_snapshot(context, &image)?;
+    // In the other machine, because a program of Ceph takes seconds to start in emulation.
+    let all = format!("{{0..{}}}", CLONES - 1);
+    context.at_end("remove the clones", move || {
+        let line =
+            format!("for n in {all}; do rbd rm --no-progress {POOL}/clone$n || exit 1; done");
+        peer::run(&line).map(drop)
+    });
+    let all = format!("{{0..{}}}", CLONES - 1);
+    peer::run(&format!(
+        "for n in {all}; do rbd clone {snapshot} {POOL}/clone$n || exit 1; done"
+    ))?;
+    let mut disks = Vec::new();
+    for number in 0..CLONES {
+        let (name, vdev) = clone_of(number);
+        let disk = RbdDisk::attach(context, &name, &vdev)?;
+        let guest = context.pv()?;
+        compare(guest, &vdev, &disk.device, 8)?;
+        let found = backing::sha256(&disk.device, 8)?;
+        ensure!(found == golden, "{name} has not the data of its snapshot");
+        fill(guest, &vdev, 4, 1)?;
+        disks.push((name, backing::sha256(&disk.device, 8)?, disk));
+    }
+    cluster::has_mapped(CLONES)?;
+    let mut sums: Vec<String> = disks.iter().map(|(_, sum, _)| sum.clone()).collect();
+    sums.sort();
+    sums.dedup();
+    ensure!(
+        sums.len() == CLONES,
+        "{CLONES} clones that were written have only {} contents",
+        sums.len()
+    );
+    let longest = disks.iter().map(|(_, _, disk)| disk.took).max();
+    for (name, sum, disk) in disks {
+        let now = backing::sha256(&disk.device, 8)?;
+        ensure!(now == sum, "a write to another clone has changed {name}");
+        disk.detach(context.pv()?)?;
+    }
+    cluster::has_mapped(0)?;
+    same_in_cluster(&snapshot, &golden)?;
+    context.note(&format!(
+        "a clone took {} s to be a disk, at most",
+        longest.unwrap_or_default().as_secs()
+    ))
 }

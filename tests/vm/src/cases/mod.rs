@@ -6,6 +6,8 @@ mod basic;
 mod beside;
 mod boot;
 mod ceph;
+mod ceph_faults;
+mod ceph_writers;
 mod checked;
 mod cow;
 mod death;
