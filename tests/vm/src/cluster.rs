@@ -2,6 +2,7 @@
 //! A cluster of Ceph in the second machine: how it comes up, and how a host uses it. The host's user is `client.xen`, who
 //! has the rights of the profile `rbd` and no others; commands over the network act as the cluster's administrator.
 
+use crate::guest::{AttachedVbd, Guest, RUN_DIR};
 use crate::peer::{self, PeerHost};
 use crate::{sh, xs};
 use anyhow::{ensure, Context, Result};
@@ -51,6 +52,56 @@ pub(crate) fn secret(file: &str, text: &str) -> Result<()> {
     fs::write(file, text).with_context(|| format!("cannot write {file}"))?;
     fs::set_permissions(file, fs::Permissions::from_mode(0o600))
         .with_context(|| format!("cannot take the rights to {file} from others"))
+}
+
+/// xl ends a script after 40 s, and the programs of Ceph that the script runs take longer in emulation. So xl calls this
+/// one, which runs the script beside xl, with the time that it needs.
+const PATIENT: &str = "#!/bin/bash
+[ \"$1\" = add ] || exec /etc/xen/scripts/block-tap-rs \"$@\"
+setsid /etc/xen/scripts/block-tap-rs add </dev/null >/dev/null 2>&1 &
+";
+/// The settings of the script, and its seconds.
+const SETTINGS: &str = "/etc/default/xentap";
+const SCRIPT_TIME: u32 = 120;
+
+/// Makes the script that xl calls; returns its path.
+fn patient_script() -> Result<String> {
+    fs::create_dir_all(RUN_DIR).context("cannot make the folder of the hotplug script")?;
+    let path = format!("{RUN_DIR}/block-patient");
+    fs::write(&path, PATIENT).with_context(|| format!("cannot write {path}"))?;
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755))
+        .with_context(|| format!("cannot make a program of {path}"))?;
+    let edit = format!("s/^STORAGE_TIMEOUT=.*/STORAGE_TIMEOUT=\"{SCRIPT_TIME}\"/");
+    sh::run(&["sed", "-i", &edit, SETTINGS])?;
+    Ok(path)
+}
+
+/// What the hotplug script has made of a disk.
+pub(crate) enum ScriptResult {
+    /// A disk.
+    Attached(AttachedVbd),
+    /// Nothing, for this reason. xenstore still has the disk's directory.
+    Refused(String),
+}
+
+/// Has the hotplug script attach a target to a guest, and waits for its result.
+pub(crate) fn attach(guest: &Guest, target: &str, vdev: &str) -> Result<ScriptResult> {
+    let script = patient_script()?;
+    let disk = format!("format=raw, vdev={vdev}, access=w, script={script}, target={target}");
+    sh::run(&["xl", "block-attach", &guest.domid.to_string(), &disk])?;
+    let vbd = AttachedVbd::of(guest.domid, &disk)?;
+    let key = |name| xs::read(&format!("{}/{name}", vbd.backend));
+    let mut status = String::new();
+    sh::wait_for("the end of the hotplug script", LIMIT, || {
+        status = key("hotplug-status")?.unwrap_or_default();
+        Ok(!status.is_empty())
+    })?;
+    if status != "connected" {
+        let why = key("hotplug-error")?.unwrap_or_default();
+        return Ok(ScriptResult::Refused(why));
+    }
+    guest.wait_disk(&vbd.vdev)?;
+    Ok(ScriptResult::Attached(vbd))
 }
 
 /// Target of an image or a snapshot `POOL/IMAGE`, as a guest's configuration has it.

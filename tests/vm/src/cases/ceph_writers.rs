@@ -6,13 +6,13 @@ use super::ceph::{case, fill, image, same_in_cluster, RbdDisk};
 use super::tap::{forget_refused, VDEV};
 use super::{Case, Context};
 use crate::backing;
-use crate::cluster::{self, POOL};
-use crate::{peer, sh, tap, xs};
+use crate::cluster::{self, ScriptResult, POOL};
+use crate::{peer, sh, tap};
 use anyhow::{ensure, Context as _, Result};
 use std::time::Duration;
 
-/// Limit of xl, which itself ends a script after 40 s.
-const XL: Duration = Duration::from_secs(120);
+/// Limit of `tap-ctl`, which starts several programs of Ceph.
+const BREAK: Duration = Duration::from_secs(240);
 /// A client that is gone is watched for half a minute more, and programs take long in emulation.
 const WATCH_ENDS: Duration = Duration::from_secs(180);
 
@@ -49,21 +49,14 @@ pub(super) fn refused(context: &Context, target: &str, words: &str) -> Result<()
 
 /// Tries to attach a target; returns the reason of the refusal, after which nothing is left of the attempt.
 fn attempt(context: &Context, target: &str) -> Result<Option<String>> {
-    let id = context.pv()?.domid.to_string();
-    let attach = ["xl", "block-attach", &id, &tap::disk(target, VDEV, "w")];
-    let said = sh::status(&attach, XL)?;
-    if said.rc == 0 {
-        return Ok(None);
-    }
-    let backends = format!("/local/domain/0/backend/vbd/{id}");
-    let mut why = said.text;
-    for device in xs::list(&backends)? {
-        if let Some(error) = xs::read(&format!("{backends}/{device}/hotplug-error"))? {
-            why = error;
+    let guest = context.pv()?;
+    match cluster::attach(guest, target, VDEV)? {
+        ScriptResult::Attached(_) => Ok(None),
+        ScriptResult::Refused(why) => {
+            forget_refused(&guest.domid.to_string(), VDEV)?;
+            Ok(Some(why))
         }
     }
-    forget_refused(&id, VDEV)?;
-    Ok(Some(why))
 }
 
 fn refused_by_name(context: &mut Context) -> Result<()> {
@@ -167,7 +160,7 @@ fn one_writer(context: &mut Context) -> Result<()> {
             "--holder-is-dead",
             client,
         ];
-        sh::status(&words, XL)
+        sh::status(&words, BREAK)
     };
     let wrong = breaking(&other)?;
     ensure!(
@@ -235,18 +228,20 @@ fn holder_dies(context: &mut Context) -> Result<()> {
     })?;
     refused(context, &target, "is in use at 10.0.0.2")?;
     peer::run("kill -9 $(cat /run/bench.pid)")?;
-    let mut refusals = 0;
+    let (mut refusals, mut attached) = (0, None);
     sh::wait_for("a disk on the dead client's image", WATCH_ENDS, || {
-        let why = attempt(context, &target)?;
-        if let Some(why) = &why {
-            ensure!(why.contains("is in use at 10.0.0.2"), "refused: {why}");
-            refusals += 1;
+        match cluster::attach(context.pv()?, &target, VDEV)? {
+            ScriptResult::Attached(vbd) => attached = Some(vbd),
+            ScriptResult::Refused(why) => {
+                forget_refused(&context.pv()?.domid.to_string(), VDEV)?;
+                ensure!(why.contains("is in use at 10.0.0.2"), "refused: {why}");
+                refusals += 1;
+            }
         }
-        Ok(why.is_none())
+        Ok(attached.is_some())
     })?;
+    let vbd = attached.context("no disk")?;
     let guest = context.pv()?;
-    guest.wait_disk(VDEV)?;
-    let vbd = crate::guest::AttachedVbd::of(guest.domid, &tap::disk(&target, VDEV, "w"))?;
     fill(guest, VDEV, 0, 8)?;
     let ours = backing::sha256(&cluster::device(&vbd.backend)?, 8)?;
     let fenced = peer::run("ceph osd blocklist ls")?;
