@@ -124,7 +124,10 @@ impl CephImage {
             return Ok(String::from_utf8_lossy(&said.stdout).into_owned());
         }
         let complaint = String::from_utf8_lossy(&said.stderr);
-        let verb = words.iter().take(2).copied().collect::<Vec<_>>().join(" ");
+        let is_option = |word: &&str| word.starts_with("--");
+        let verb = words.iter().copied().skip_while(is_option);
+        let verb: Vec<&str> = verb.take_while(|word| !is_option(word)).take(2).collect();
+        let verb = verb.join(" ");
         Err(self.failed(said.status.code(), &format!("{program} {verb}"), &complaint))
     }
 
@@ -410,6 +413,7 @@ mod tests {
         }
         assert_eq!(image("rbd:vms/web").own_clients(dir.path()), [7]);
         assert_eq!(image("rbd:vms/blue/web").own_clients(dir.path()), [8]);
-        assert_eq!(image("rbd:vms/web").own_clients(Path::new("/none")), []);
+        let none = image("rbd:vms/web").own_clients(Path::new("/none"));
+        assert!(none.is_empty(), "{none:?}");
     }
 }
