@@ -76,7 +76,7 @@ fn patient_script() -> Result<String> {
     Ok(path)
 }
 
-/// What the hotplug script has made of a disk.
+/// Result of the hotplug script for a disk.
 pub(crate) enum ScriptResult {
     /// A disk.
     Attached(AttachedVbd),

@@ -45,7 +45,7 @@ pub(super) struct CephClient {
     is_here: bool,
 }
 
-/// Who has an image.
+/// Holders of an image.
 #[derive(Debug, PartialEq, Eq, Serialize)]
 #[serde(tag = "state", rename_all = "lowercase")]
 pub(super) enum CephView {

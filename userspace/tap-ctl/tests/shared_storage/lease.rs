@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Who has an image of Ceph, and how a dead host's client is fenced and its lock broken.
+//! Holders of an image of Ceph, and how a dead host's client is fenced and its lock broken.
 
 use crate::host::{HostFolder, SharedCluster};
 use std::process::Output;

@@ -28,11 +28,18 @@ const PAGES: &[(&str, &str, &[PrintedType])] = &[
     (
         "disks",
         "json-disks.md",
-        &[(
-            "`tap-ctl list`",
-            "userspace/tap-ctl/src/list.rs",
-            "ListedDisks",
-        )],
+        &[
+            (
+                "`tap-ctl list`",
+                "userspace/tap-ctl/src/list.rs",
+                "ListedDisks",
+            ),
+            (
+                "`tap-ctl lease show`, of an image of Ceph,",
+                "userspace/tap-ctl/src/lease/rbd.rs",
+                "CephView",
+            ),
+        ],
     ),
     (
         "counters",
@@ -73,11 +80,6 @@ const PAGES: &[(&str, &str, &[PrintedType])] = &[
                 "`tap-ctl lease show`",
                 "userspace/lease/src/lib.rs",
                 "LeaseView",
-            ),
-            (
-                "`tap-ctl lease show`, of an image of Ceph,",
-                "userspace/tap-ctl/src/lease/rbd.rs",
-                "CephView",
             ),
         ],
     ),
