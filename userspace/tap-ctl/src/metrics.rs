@@ -34,6 +34,11 @@ type Table<T> = &'static [(MetricFamily, fn(&T) -> f64)];
 
 /// Writes what all disks have counted to a file, or prints it.
 pub(crate) fn run(cli: &Cli, asked: &cli::Metrics) -> Result<(), Error> {
+    if cli.json {
+        let why = "metrics prints only Prometheus' text format: leave --json out; `tap-ctl status --json` and \
+                   `tap-ctl top -n 1 --json` print figures as JSON";
+        return Err(control::Failure::invalid(why).into());
+    }
     let watch = Watch::new(cli, &asked.watch);
     let (before, now) = watch.looks();
     let text = text(&now, &watch.report(&before, &now));

@@ -10,10 +10,10 @@ use crate::status::Watch;
 use crate::time::{now_ms, utc};
 use crate::{cli, doctor, Cli, Error};
 use control::supervisor::{Filter, Reply, Request, Which};
-use control::{shown_lines, Channel, Code, Failure};
-use std::fmt::Write as _;
+use control::{json_line, shown_lines, Channel, Code, Failure};
+use serde::Serialize;
 use std::fs::File;
-use std::io::{self, Write};
+use std::io::{self, IsTerminal, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::time::Duration;
@@ -75,8 +75,8 @@ pub(crate) fn run(cli: &Cli, asked: &cli::Report) -> Result<(), Error> {
         return Err(Failure::new(Code::Exists, why).into());
     }
     let mut parts = Parts {
-        to: String::from(HEAD),
-        tells: true,
+        parts: Vec::new(),
+        tells: io::stderr().is_terminal(),
     };
     let host = Host::at(&cli.root);
     parts.add("tap-ctl", || {
@@ -97,7 +97,11 @@ pub(crate) fn run(cli: &Cli, asked: &cli::Report) -> Result<(), Error> {
             parts.add(&words.join(" "), || program(words));
         }
     }
-    let text = shown_lines(&parts.to);
+    parts.end();
+    let text = match cli.json {
+        true => json_line(&parts.report()).map_err(io::Error::other)? + "\n",
+        false => shown_lines(&parts.text()).into_owned(),
+    };
     match &asked.output {
         None => Ok(io::stdout().write_all(text.as_bytes())?),
         Some(path) => {
@@ -117,20 +121,66 @@ pub(crate) fn run(cli: &Cli, asked: &cli::Report) -> Result<(), Error> {
     }
 }
 
+/// The report of a host.
+#[derive(Debug, Serialize)]
+pub(crate) struct HostReport<'a> {
+    /// Always `report`.
+    is: &'static str,
+    /// Version of this form: 1.
+    version: u32,
+    /// Its parts, in the order in which they were read.
+    parts: &'a [ReportPart],
+}
+
+/// A part of a report.
+#[derive(Debug, Serialize)]
+pub(crate) struct ReportPart {
+    /// The file or the command.
+    title: String,
+    /// Its text, or the reason why there is none.
+    text: String,
+}
+
 /// The report so far.
 struct Parts {
-    to: String,
-    /// For people who wait.
+    parts: Vec<ReportPart>,
+    /// A person waits at a terminal.
     tells: bool,
 }
 
 impl Parts {
     fn add(&mut self, title: &str, look: impl FnOnce() -> String) {
+        self.tell(&format!("\r\x1b[Kreading {}", control::shown(title)));
+        self.parts.push(ReportPart {
+            title: title.to_owned(),
+            text: look().trim_end().to_owned(),
+        });
+    }
+
+    /// Removes the line for the person who waits.
+    fn end(&self) {
+        self.tell("\r\x1b[K");
+    }
+
+    fn tell(&self, line: &str) {
         if self.tells {
-            crate::complain(title);
+            // The report does not depend on it.
+            let _ = write!(io::stderr(), "{line}");
         }
-        // Writing to a string cannot fail.
-        let _ = write!(self.to, "\n== {title}\n{}\n", look().trim_end());
+    }
+
+    fn report(&self) -> HostReport<'_> {
+        HostReport {
+            is: "report",
+            version: 1,
+            parts: &self.parts,
+        }
+    }
+
+    fn text(&self) -> String {
+        let parts = self.parts.iter();
+        let parts = parts.map(|part| format!("\n== {}\n{}\n", part.title, part.text));
+        HEAD.to_owned() + &parts.collect::<String>()
     }
 }
 
@@ -212,13 +262,13 @@ fn program(words: &[&str]) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::{files, program, supervisor, Parts, FILES, HEAD};
+    use super::{files, program, supervisor, Parts, FILES};
     use crate::host::made::Made;
     use std::path::Path;
 
     fn parts() -> Parts {
         Parts {
-            to: String::from(HEAD),
+            parts: Vec::new(),
             tells: false,
         }
     }
@@ -237,7 +287,11 @@ mod tests {
             "== /run/xentap/disks/0.json\n{\"minor\":0}\n",
             "== /proc/cmdline\nit is not there\n",
         ] {
-            assert!(found.to.contains(wanted), "{wanted} of {}", found.to);
+            assert!(
+                found.text().contains(wanted),
+                "{wanted} of {}",
+                found.text()
+            );
         }
         assert!(FILES.iter().all(|path| path.starts_with('/')));
     }
@@ -247,8 +301,12 @@ mod tests {
     fn what_does_not_answer_is_told_in_its_place() {
         let mut found = parts();
         supervisor(&mut found, Path::new("/nowhere/control.sock"));
-        assert!(found.to.contains("== blktapctrl\n"), "{}", found.to);
-        assert!(found.to.contains("/nowhere/control.sock"), "{}", found.to);
+        assert!(found.text().contains("== blktapctrl\n"), "{}", found.text());
+        assert!(
+            found.text().contains("/nowhere/control.sock"),
+            "{}",
+            found.text()
+        );
         assert!(program(&["false"]).contains("exit status: 1"));
         assert!(program(&["no-such-program-here"]).contains("no-such-program-here"));
         assert_eq!(program(&["echo", "hello"]).trim(), "hello");

@@ -35,6 +35,11 @@ const PAGES: &[(&str, &str, &[PrintedType])] = &[
                 "ListedDisks",
             ),
             (
+                "`tap-ctl report`",
+                "userspace/tap-ctl/src/report.rs",
+                "HostReport",
+            ),
+            (
                 "`tap-ctl lease show`, of an image of Ceph,",
                 "userspace/tap-ctl/src/lease/rbd.rs",
                 "CephView",
