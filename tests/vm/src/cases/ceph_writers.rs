@@ -11,6 +11,8 @@ use crate::{peer, sh, tap};
 use anyhow::{ensure, Context as _, Result};
 use std::time::Duration;
 
+/// The guest's name of a disk that is refused: another one may be in use.
+const TRIED: &str = "xvdt";
 /// Limit of `tap-ctl`, which starts several programs of Ceph.
 const BREAK: Duration = Duration::from_secs(240);
 /// A client that is gone is watched for half a minute more, and programs take long in emulation.
@@ -50,10 +52,10 @@ pub(super) fn refused(context: &Context, target: &str, words: &str) -> Result<()
 /// Tries to attach a target; returns the reason of the refusal, after which nothing is left of the attempt.
 fn attempt(context: &Context, target: &str) -> Result<Option<String>> {
     let guest = context.pv()?;
-    match cluster::attach(guest, target, VDEV)? {
+    match cluster::attach(guest, target, TRIED)? {
         ScriptResult::Attached(_) => Ok(None),
         ScriptResult::Refused(why) => {
-            forget_refused(&guest.domid.to_string(), VDEV)?;
+            forget_refused(&guest.domid.to_string(), TRIED)?;
             Ok(Some(why))
         }
     }
