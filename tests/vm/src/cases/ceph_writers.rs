@@ -100,7 +100,7 @@ fn refused_by_name(context: &mut Context) -> Result<()> {
         ),
         (
             format!("id=xen,options=ms_mode=wrong,rbd:{image}"),
-            "does not know an option",
+            "invalid ms_mode value 'wrong'",
         ),
     ];
     for (target, words) in named {
