@@ -225,9 +225,16 @@ fn holder_dies(context: &mut Context) -> Result<()> {
     context.at_end("end the other client", || {
         peer::run("kill -9 $(cat /run/bench.pid) 2>/dev/null || true").map(drop)
     });
+    let mut address = None;
     sh::wait_for("the other client's lock", WATCH_ENDS, || {
-        Ok(peer::run(&format!("rbd lock ls {image}"))?.contains("client."))
+        let locks = peer::run(&format!("rbd lock ls {image}"))?;
+        let mut words = locks.split_whitespace();
+        address = words
+            .find(|word| word.starts_with("10.0.0.2:"))
+            .map(String::from);
+        Ok(address.is_some())
     })?;
+    let address = address.context("no lock")?;
     refused(context, &target, "is in use at 10.0.0.2")?;
     peer::run("kill -9 $(cat /run/bench.pid)")?;
     let (mut refusals, mut attached) = (0, None);
@@ -248,7 +255,7 @@ fn holder_dies(context: &mut Context) -> Result<()> {
     let ours = backing::sha256(&cluster::device(&vbd.backend)?, 8)?;
     let fenced = peer::run("ceph osd blocklist ls")?;
     ensure!(
-        fenced.contains("10.0.0.2:0/"),
+        fenced.contains(&address),
         "the dead client's lock was broken without fencing it: {fenced}"
     );
     guest.detach(&vbd)?;
