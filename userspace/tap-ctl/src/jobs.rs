@@ -2,7 +2,7 @@
 //! `tap-ctl stream`, `mirror` and `commit`: jobs on a whole disk while its guest works.
 
 use crate::cli::{self, Cli};
-use crate::{ask, format, named, print, something_else, Error};
+use crate::{ask, config_step, format, named, print, something_else, Error};
 use control::stats::{Mirror, Mirroring, Streaming};
 use control::supervisor::{MirrorTo, Reply, Request, Which};
 use control::{Code, Failure};
@@ -121,7 +121,7 @@ fn run(cli: &Cli, first: &Request, again: Option<Request>) -> Result<(), Error> 
         None if cli.json => print(&reply),
         None => {
             let text = format::reply(&reply) + &remedy(&reply);
-            Ok(crate::say(&text)?)
+            Ok(crate::say(&config_step::filled_in(cli, text))?)
         }
     }
 }

@@ -5,6 +5,7 @@
 mod backup;
 mod cli;
 mod completion;
+mod config_step;
 mod dirty;
 mod disks;
 mod doctor;
@@ -284,7 +285,7 @@ fn once(cli: &Cli, verb: &Verb) -> Result<(), Error> {
         }
         (_, reply) => format::reply(reply),
     };
-    Ok(say(&text)?)
+    Ok(say(&config_step::filled_in(cli, text))?)
 }
 
 fn request(verb: &Verb) -> Result<Request, Failure> {

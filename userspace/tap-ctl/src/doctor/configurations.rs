@@ -3,18 +3,13 @@
 //! Such a guest keeps running, and does not start again.
 
 use super::{warn, Finding};
-use crate::host::{xl_copies, Host};
+use crate::host::{xl_copies, xl_files, Host};
 use control::{Code, Failure, FrozenDevices, ImageMark, Target};
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
-/// Folder of configurations.
-const CONFIGURATIONS: &str = "/etc/xen";
-/// Bytes of the largest file that is taken for a configuration.
-const LARGEST: u64 = 1 << 20;
 /// Time that a file system gets to say what an image is. One that hangs must not hide the other findings.
 const PATIENCE: Duration = Duration::from_secs(3);
 /// Words of a disk that its guest only reads.
@@ -84,23 +79,11 @@ fn look_at(path: &Path, place: &Path, records: &FrozenDevices) -> Result<Option<
 /// The disks of the files in which administrators write configurations.
 fn in_files(host: &Host) -> Vec<ConfiguredDisk> {
     let mut disks = Vec::new();
-    let folder = host.path(CONFIGURATIONS);
-    for name in host.names(&folder) {
-        let file = folder.join(&name);
-        let is_small = |data: &fs::Metadata| data.is_file() && data.len() <= LARGEST;
-        if !fs::metadata(&file).is_ok_and(|data| is_small(&data)) {
-            continue;
-        }
-        let text = host.optional(&file).unwrap_or_default();
-        let lines = text
-            .lines()
-            .map(|line| line.split('#').next().unwrap_or(line));
-        let paths = lines
-            .flat_map(|line| line.split(['\'', '"']))
-            .filter_map(written_by);
-        disks.extend(paths.map(|path| ConfiguredDisk {
+    for file in xl_files::all(host) {
+        let words = file.lines().flat_map(|line| line.split(['\'', '"']));
+        disks.extend(words.filter_map(written_by).map(|path| ConfiguredDisk {
             path,
-            source: Path::new(CONFIGURATIONS).join(&name),
+            source: file.path.clone(),
             remedy: "name the newer image there (`tap-ctl list` shows it while the guest runs)",
         }));
     }

@@ -9,6 +9,7 @@ pub(crate) mod task;
 pub(crate) mod vbd;
 pub(crate) mod xenstore;
 pub(crate) mod xl_copies;
+pub(crate) mod xl_files;
 
 use serde::Serialize;
 use std::cell::RefCell;
