@@ -46,9 +46,10 @@ pub(crate) fn run(cli: &Cli, asked: &cli::Metrics) -> Result<(), Error> {
         Some(path) => replace(path, &text).map_err(|error| {
             let what = format!("cannot write {}", path.display());
             Error::Failed(control::Failure::system(what, &error))
-        }),
-        None => Ok(crate::say(&text)?),
+        })?,
+        None => crate::say(&text)?,
     }
+    Ok(now.complete()?)
 }
 
 /// Exchanges a file: who reads it gets the old text or the new one. The name of the new one does not end as

@@ -145,6 +145,8 @@ pub(crate) struct HostSample {
     pub(crate) supervisor: Supervisor,
     /// blktapctrl should answer, because our driver serves, or is to.
     pub(crate) is_supervised: bool,
+    /// blktapctrl does not answer this user.
+    pub(crate) is_denied: bool,
     /// Its counters of itself, if it sends them.
     pub(crate) counted: Option<Counted>,
     /// The groups of disks that share limits.
@@ -185,7 +187,19 @@ pub(crate) fn look(host: &Host, socket: &Path) -> HostSample {
         counted,
         groups,
         is_supervised: look.is_supervised || is_denied,
+        is_denied,
         ..look
+    }
+}
+
+impl HostSample {
+    /// Fails for a user whom blktapctrl does not answer: tap disks are missing, and a program must not take the rest for
+    /// all.
+    pub(crate) fn complete(&self) -> Result<(), Failure> {
+        match (&self.supervisor, self.is_denied) {
+            (Supervisor::Silent(why), true) => Err(Failure::new(Code::Denied, why.clone())),
+            _ => Ok(()),
+        }
     }
 }
 
@@ -233,6 +247,7 @@ pub(crate) fn gather(host: &Host, rows: Vec<TopRow>, supervisor: Supervisor) -> 
         disks,
         supervisor,
         is_supervised: doctor::is_ours(host),
+        is_denied: false,
         counted: None,
         groups: Vec::new(),
         memory: Memory::read(host),

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! `tap-ctl` as a shell runs it, on a host without a supervisor.
 
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
@@ -76,4 +78,34 @@ fn completion_is_silent_without_a_supervisor() {
         "{errors}"
     );
     assert_eq!(errors, "");
+}
+
+/// A program must not take what such a user sees for all disks.
+#[test]
+fn a_user_whom_the_supervisor_does_not_answer_gets_an_error() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let socket = dir.path().join("socket");
+    let _listener = UnixListener::bind(&socket).expect("a socket");
+    // Root without the capability to pass over permissions, which keeps other users from a socket of root's.
+    if std::os::unix::fs::chown(&socket, Some(65534), None).is_err() {
+        println!("skipped: only root can give a file to another user");
+        return;
+    }
+    std::fs::set_permissions(&socket, std::fs::Permissions::from_mode(0o600)).expect("chmod");
+    for verb in ["list", "status", "metrics", "top -n 1", "top -n 1 --json"] {
+        let said = Command::new("setpriv")
+            .arg("--bounding-set=-dac_override,-dac_read_search")
+            .arg(env!("CARGO_BIN_EXE_tap-ctl"))
+            .args(["--patience", "0", "--socket"])
+            .arg(&socket)
+            .arg("--root")
+            .arg(dir.path())
+            .args(verb.split(' '))
+            .output()
+            .expect("started");
+        assert_eq!(said.status.code(), Some(1), "{verb}: {said:?}");
+        let all = [said.stdout, said.stderr].concat();
+        let all = String::from_utf8_lossy(&all);
+        assert!(all.contains("ermission denied"), "{verb}: {all}");
+    }
 }

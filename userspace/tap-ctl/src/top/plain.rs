@@ -38,11 +38,11 @@ pub(super) fn run(cli: &Cli, asked: &cli::Top) -> Result<(), Error> {
             )?;
             io::stdout().flush()?;
         }
-        before = Some(now);
         left = left.map(|left| left.saturating_sub(1));
         if left == Some(0) {
-            return Ok(());
+            return Ok(now.complete()?);
         }
+        before = Some(now);
         std::thread::sleep(period);
     }
 }
