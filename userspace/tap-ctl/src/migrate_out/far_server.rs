@@ -12,6 +12,7 @@ use std::ffi::OsStr;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -80,40 +81,18 @@ pub(super) struct FarServer {
     messages: Option<JoinHandle<()>>,
     host: String,
     pub(super) port: u16,
-    pub(super) served: ServedImage,
+    pub(super) disk: MovingDisk,
 }
 
-/// The image of a server.
-#[derive(Debug, Clone)]
-pub(super) struct ServedImage {
-    pub(super) minor: u32,
-    image: String,
-    path: String,
-    size: u64,
-    sector_size: u32,
-}
-
-impl ServedImage {
-    fn of(disk: &MovingDisk) -> ServedImage {
-        ServedImage {
-            minor: disk.minor,
-            image: disk.image.clone(),
-            path: disk.path.display().to_string(),
-            size: disk.size,
-            sector_size: disk.sector_size,
-        }
-    }
-
-    /// Returns the path of the server's socket, which two images share only if one word of 80 characters ends both.
-    fn socket(&self) -> String {
-        let plain = |c: char| match c.is_ascii_alphanumeric() || "._".contains(c) {
-            true => c,
-            false => '-',
-        };
-        let name: Vec<char> = self.path.chars().map(plain).collect();
-        let name: String = name[name.len().saturating_sub(LONGEST)..].iter().collect();
-        format!("{FOLDER}/{name}.sock")
-    }
+/// Returns the path of a server's socket, which two images share only if one word of 80 characters ends both.
+fn socket_of(image: &Path) -> String {
+    let plain = |c: char| match c.is_ascii_alphanumeric() || "._".contains(c) {
+        true => c,
+        false => '-',
+    };
+    let name: Vec<char> = image.display().to_string().chars().map(plain).collect();
+    let name: String = name[name.len().saturating_sub(LONGEST)..].iter().collect();
+    format!("{FOLDER}/{name}.sock")
 }
 
 impl FarHost {
@@ -131,7 +110,7 @@ impl FarHost {
     /// The host is not reached, or the image cannot be made or served.
     pub(super) fn serve(&self, disk: &MovingDisk, overwrite: bool) -> Result<FarServer, Failure> {
         let how = if overwrite { "replace" } else { "new" };
-        self.start(how, ServedImage::of(disk), free_port()?)
+        self.start(how, disk, free_port()?)
     }
 
     /// Makes the tunnel to an image again, and serves it if it is not served any more.
@@ -139,19 +118,14 @@ impl FarHost {
     /// # Errors
     /// The host is not reached, or the image cannot be served.
     pub(super) fn serve_again(&self, disk: &MovingDisk, port: u16) -> Result<FarServer, Failure> {
-        self.again(ServedImage::of(disk), port)
+        self.start("again", disk, port)
     }
 
-    /// As [`FarHost::serve_again`].
-    pub(super) fn again(&self, image: ServedImage, port: u16) -> Result<FarServer, Failure> {
-        self.start("again", image, port)
-    }
-
-    fn start(&self, how: &str, served: ServedImage, port: u16) -> Result<FarServer, Failure> {
+    fn start(&self, how: &str, disk: &MovingDisk, port: u16) -> Result<FarServer, Failure> {
         let has_tunnel = has_tunnel(port)?;
-        let (size, sector) = (served.size.to_string(), served.sector_size.to_string());
-        let socket = served.socket();
-        let words = [how, &served.image, &served.path, &size, &sector, &socket];
+        let (size, sector) = (disk.size.to_string(), disk.sector_size.to_string());
+        let (path, socket) = (disk.path.display().to_string(), socket_of(&disk.path));
+        let words = [how, &disk.image, &path, &size, &sector, &socket];
         let mut line = format!("sh -c {} sh", quoted(SCRIPT));
         for word in words {
             line.push(' ');
@@ -196,7 +170,7 @@ impl FarHost {
             messages,
             host: self.host.clone(),
             port,
-            served,
+            disk: disk.clone(),
         };
         server.wait_ready()?;
         Ok(server)
@@ -226,9 +200,14 @@ impl FarServer {
             format!(
                 "{} does not serve {} (its messages are above; {how}). Try `ssh {} tapimg --version`: this host's root \
                  must reach it without a password, and it needs this driver's programs",
-                self.host, self.served.image, self.host
+                self.host, self.disk.image, self.host
             ),
         ))
+    }
+
+    /// Whether it has got the word to end.
+    pub(super) fn is_ending(&self) -> bool {
+        self.stdin.is_none()
     }
 
     /// Tells the server to end, without waiting for that.
@@ -258,7 +237,7 @@ impl FarServer {
             Code::System,
             format!(
                 "{} has not said that it serves {} no more",
-                self.host, self.served.image
+                self.host, self.disk.image
             ),
         ))
     }

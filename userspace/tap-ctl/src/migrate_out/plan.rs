@@ -13,7 +13,7 @@ use control::{Driver, Failure, LeaseKind, Target};
 use std::path::PathBuf;
 
 /// A disk that moves.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct MovingDisk {
     pub(super) minor: u32,
     vbd: String,
@@ -136,9 +136,14 @@ fn image(row: &Row, target: &Target) -> Result<String, &'static str> {
     if !writes || target.below().is_some() {
         return Err("only aio:, sync:, qcow2: and vhd: are moved: first mirror it to one of these, as in `tap-ctl mirror web xvda aio:/srv/a.img`");
     }
-    let path = target.path().and_then(|path| path.to_str());
-    let path = path.ok_or("the name of its image is not UTF-8: rename it")?;
-    Ok(format!("{}:{path}", target.driver().name()))
+    named(target).ok_or("the name of its image is not UTF-8: rename it")
+}
+
+/// Returns an image as tapimg names it, KIND:PATH. Unlike a backup's, it keeps `sync:`: the other host's file system may be
+/// one without direct I/O as well.
+fn named(target: &Target) -> Option<String> {
+    let path = target.path()?.to_str()?;
+    Some(format!("{}:{path}", target.driver().name()))
 }
 
 /// Checks that the guest's configuration names the image, which is what the other host starts it from.
@@ -152,12 +157,8 @@ fn same_as_configured(host: &Host, vbd: &str, image: &str) -> Result<(), String>
         // A toolstack of another kind keeps its configuration elsewhere.
         return Ok(());
     };
-    let named: Option<Target> = copy.target.trim().parse().ok();
-    let named = named.and_then(|target| {
-        let path = target.path()?.to_str()?;
-        Some(format!("{}:{path}", target.driver().name()))
-    });
-    match named.as_deref() == Some(image) {
+    let configured: Option<Target> = copy.target.trim().parse().ok();
+    match configured.and_then(|target| named(&target)).as_deref() == Some(image) {
         true => Ok(()),
         false => Err(format!(
             "it is served from {image}, and xl's copy of its configuration names {}: `xl config-update GUEST FILE` with a \

@@ -16,8 +16,6 @@ pub(super) struct ReleaseWatch(Arc<Mutex<ServerSet>>);
 
 struct ServerSet {
     servers: Vec<FarServer>,
-    /// Disks whose servers have got the word to end.
-    told: Vec<u32>,
     /// `xl migrate` has ended, so that events say nothing any more.
     is_over: bool,
 }
@@ -30,7 +28,6 @@ impl ReleaseWatch {
     pub(super) fn watch(cli: &Cli, servers: Vec<FarServer>) -> Result<ReleaseWatch, Error> {
         let set = Arc::new(Mutex::new(ServerSet {
             servers,
-            told: Vec::new(),
             is_over: false,
         }));
         let since = now_ms();
@@ -73,17 +70,14 @@ impl ReleaseWatch {
     pub(super) fn resume(self, far: &FarHost) -> Result<(), Failure> {
         let mut set = lock(&self.0);
         set.is_over = true;
-        let told = std::mem::take(&mut set.told);
-        for mut server in std::mem::take(&mut set.servers) {
-            if !told.contains(&server.served.minor) {
-                continue;
-            }
+        let servers = std::mem::take(&mut set.servers).into_iter();
+        for mut server in servers.filter(FarServer::is_ending) {
             // A tunnel that broke serves nothing either.
             if let Err(failure) = server.wait_end() {
                 complain(&failure.to_string());
             }
             // It lives on without this program.
-            drop(far.again(server.served, server.port)?);
+            drop(far.serve_again(&server.disk, server.port)?);
         }
         Ok(())
     }
@@ -104,12 +98,10 @@ fn follow(channel: &mut Channel, set: &Mutex<ServerSet>, since: u64) -> Result<(
         let Some(minor) = event.minor.filter(|_| !set.is_over) else {
             continue;
         };
-        let is_its = |server: &&mut FarServer| server.served.minor == minor;
-        if let Some(server) = set.servers.iter_mut().find(is_its) {
-            if let Err(failure) = server.tell_end() {
-                complain(&failure.to_string());
-            }
-            set.told.push(minor);
+        let is_its = |server: &&mut FarServer| server.disk.minor == minor;
+        let told = set.servers.iter_mut().find(is_its).map(FarServer::tell_end);
+        if let Some(Err(failure)) = told {
+            complain(&failure.to_string());
         }
     }
     Err(Failure::new(Code::Gone, "blktapctrl has ended"))

@@ -251,6 +251,23 @@ fn a_qcow2_image_becomes_one_there() {
 }
 
 #[test]
+fn an_image_behind_the_page_cache_stays_one() {
+    let hosts = TwoHosts::new();
+    {
+        let mut state = hosts.state();
+        let own = state.disks[0].own.display().to_string();
+        state.disks[0].target = format!("sync:{own}").parse().expect("a target");
+    }
+    let moved = hosts.good("beta");
+    let image = moved["disks"][0]["image"].as_str();
+    assert!(
+        image.is_some_and(|image| image.starts_with("sync:/")),
+        "{moved}"
+    );
+    hosts.same_there();
+}
+
+#[test]
 fn a_migration_that_fails_leaves_the_guest_served_and_can_be_repeated() {
     for when in ["early", "late"] {
         let hosts = TwoHosts::new();
