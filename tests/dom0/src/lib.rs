@@ -4,6 +4,7 @@
 
 pub mod kmsg;
 pub mod memory;
+pub mod poll;
 pub mod udev;
 pub mod xen;
 pub mod xenstore;

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! Waiting with a limit.
 
-use anyhow::{bail, Result};
+use anyhow::{bail, Context, Result};
 use std::os::fd::RawFd;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// Waits until a file can be read; returns whether it can.
 pub(crate) fn readable(fd: RawFd, limit: Duration) -> Result<bool> {
@@ -28,23 +28,12 @@ pub(crate) fn readable(fd: RawFd, limit: Duration) -> Result<bool> {
 /// Least and most time between two polls.
 const PAUSE: [Duration; 2] = [Duration::from_millis(5), Duration::from_millis(100)];
 
-/// Polls until `found` returns something; for changes without an event. The pause is twice as long as the poll was, which
-/// took processor time away from what it waits for.
+/// Polls until `found` returns something; for changes without an event.
 pub(crate) fn until<T>(
     what: &str,
     limit: Duration,
-    mut found: impl FnMut() -> Result<Option<T>>,
+    found: impl FnMut() -> Result<Option<T>>,
 ) -> Result<T> {
-    let deadline = Instant::now() + limit;
-    loop {
-        let begun = Instant::now();
-        if let Some(value) = found()? {
-            return Ok(value);
-        }
-        let now = Instant::now();
-        if now >= deadline {
-            bail!("{what} did not come in {limit:?}");
-        }
-        std::thread::sleep((2 * now.duration_since(begun)).clamp(PAUSE[0], PAUSE[1]));
-    }
+    let found = dom0::poll::until(limit, PAUSE, found)?;
+    found.with_context(|| format!("{what} did not come in {limit:?}"))
 }

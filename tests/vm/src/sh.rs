@@ -4,7 +4,7 @@
 use anyhow::{bail, Context, Result};
 use std::path::Path;
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// The limit for quick programs (emulation is slow).
 const LIMIT: Duration = Duration::from_secs(60);
@@ -84,25 +84,16 @@ pub(crate) fn get(path: impl AsRef<Path>) -> Result<String> {
 /// Least and most time between two polls.
 const PAUSE: [Duration; 2] = [Duration::from_millis(20), Duration::from_millis(250)];
 
-/// Polls until the condition holds; an error names what did not come. A condition that runs programs takes processor
-/// time away from what it waits for, so the pause is twice as long as the poll was.
+/// Polls until the condition holds; an error names what did not come.
 pub(crate) fn wait_for(
     what: &str,
     limit: Duration,
     mut condition: impl FnMut() -> Result<bool>,
 ) -> Result<()> {
-    let deadline = Instant::now() + limit;
-    loop {
-        let begun = Instant::now();
-        if condition()? {
-            return Ok(());
-        }
-        let now = Instant::now();
-        if now >= deadline {
-            bail!("{what} did not happen within {} s", limit.as_secs());
-        }
-        std::thread::sleep((2 * now.duration_since(begun)).clamp(PAUSE[0], PAUSE[1]));
-    }
+    let found = dom0::poll::until(limit, PAUSE, || {
+        Ok::<_, anyhow::Error>(condition()?.then_some(()))
+    })?;
+    found.with_context(|| format!("{what} did not happen within {} s", limit.as_secs()))
 }
 
 /// The end of a text, for messages.
