@@ -139,7 +139,7 @@ fn wait(cli: &Cli, mut reply: Reply, again: &Request) -> Result<Reply, Error> {
 /// Begins a job of one that `again` asks for, and returns how it has ended.
 ///
 /// # Errors
-/// It cannot begin, or the supervisor does not answer.
+/// The job cannot begin, or the supervisor does not answer.
 pub(crate) fn finish(cli: &Cli, begin: &Request, again: &Request) -> Result<JobState, Error> {
     let reply = ask(cli, begin)?;
     let last = wait(cli, reply, again)?;

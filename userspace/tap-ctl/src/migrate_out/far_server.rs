@@ -245,7 +245,7 @@ impl FarServer {
     /// Ends the server.
     ///
     /// # Errors
-    /// It may still run.
+    /// The server may still run.
     pub(super) fn stop(mut self) -> Result<(), Failure> {
         self.tell_end()?;
         self.wait_end()

@@ -43,7 +43,7 @@ impl MoveRecord {
     /// Returns the record of a disk, if there is one.
     ///
     /// # Errors
-    /// It cannot be read, or is not of this version.
+    /// The file cannot be read, or is not of this version.
     pub(super) fn read(host: &Host, minor: u32) -> Result<Option<MoveRecord>, Failure> {
         let file = Self::file(host, minor);
         let text = match fs::read_to_string(&file) {
@@ -89,7 +89,7 @@ impl MoveRecord {
     /// Removes the record of a disk.
     ///
     /// # Errors
-    /// It cannot be removed.
+    /// The file cannot be removed.
     pub(super) fn remove(host: &Host, minor: u32) -> Result<(), Failure> {
         let file = Self::file(host, minor);
         match fs::remove_file(&file) {
