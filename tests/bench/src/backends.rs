@@ -6,8 +6,8 @@ use crate::tap;
 /// The driver that must be loaded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum RequiredDriver {
-    /// The module of this project.
-    Ours,
+    /// The module of this project, with these parameters.
+    Ours(&'static str),
     /// The module of this project, built to waste the savings: the gate must find its costs too high.
     Wasteful,
     /// The C driver, with this parameter.
@@ -116,6 +116,8 @@ pub(crate) const PROCESS: &str = "direct=no,aio:{}";
 const PHY: &str = "phy:{},{vdev},w";
 const QDISK: &str = "format=raw,backendtype=qdisk,vdev={vdev},access=rw,target={}";
 const QDISK_QCOW2: &str = "format=qcow2,backendtype=qdisk,vdev={vdev},access=rw,target={}";
+const OURS: RequiredDriver = RequiredDriver::Ours("");
+const OURS_PLAIN: RequiredDriver = RequiredDriver::Ours("feature_persistent=0");
 const PERSISTENT: RequiredDriver = RequiredDriver::C("feature_persistent=1");
 const PLAIN: RequiredDriver = RequiredDriver::C("feature_persistent=0");
 
@@ -140,41 +142,42 @@ const fn entry(
 /// All backends. The second one is the first one again, so that their difference shows the noise.
 #[rustfmt::skip]
 pub(crate) const ALL: &[Backend] = &[
-    entry("phy", "this driver", RequiredDriver::Ours, DiskStore::Memory, StoreAccess::Guest(PHY), Set::Quick),
-    entry("phy-again", "this driver again (control)", RequiredDriver::Ours, DiskStore::Memory, StoreAccess::Guest(PHY), Set::Quick),
+    entry("phy", "this driver", OURS, DiskStore::Memory, StoreAccess::Guest(PHY), Set::Quick),
+    entry("phy-again", "this driver again (control)", OURS, DiskStore::Memory, StoreAccess::Guest(PHY), Set::Quick),
     entry("c", "C driver, persistent grants", PERSISTENT, DiskStore::Memory, StoreAccess::Guest(PHY), Set::Quick),
+    entry("phy-plain", "this driver, no persistent grants", OURS_PLAIN, DiskStore::Memory, StoreAccess::Guest(PHY), Set::Full),
     entry("c-plain", "C driver, no persistent grants", PLAIN, DiskStore::Memory, StoreAccess::Guest(PHY), Set::Full),
-    entry("phy-loop", "this driver over loop", RequiredDriver::Ours, DiskStore::Loop, StoreAccess::Guest(PHY), Set::Full),
+    entry("phy-loop", "this driver over loop", OURS, DiskStore::Loop, StoreAccess::Guest(PHY), Set::Full),
     entry("c-loop", "C driver over loop", PERSISTENT, DiskStore::Loop, StoreAccess::Guest(PHY), Set::Full),
     entry("qdisk", "qdisk (QEMU)", RequiredDriver::None, DiskStore::Memory, StoreAccess::Guest(QDISK), Set::Quick),
     entry("qdisk-direct", "qdisk (QEMU), past dom0's cache", RequiredDriver::None, DiskStore::Memory, StoreAccess::Direct(QDISK), Set::Full),
-    entry("tap-aio", "tap:aio, io_uring", RequiredDriver::Ours, DiskStore::Memory, StoreAccess::Tap(PROCESS, "uring"), Set::Full),
-    entry("tap-direct", "tap:aio, executed by the kernel", RequiredDriver::Ours, DiskStore::Memory, StoreAccess::Tap("direct=yes,aio:{}", "uring"), Set::Full),
-    entry("tap-direct-ext4", "tap:aio, a file on ext4, executed by the kernel", RequiredDriver::Ours, DiskStore::File("ext4"), StoreAccess::Tap("direct=yes,aio:{}", "uring"), Set::Full),
-    entry("tap-direct-xfs", "tap:aio, a file on XFS, executed by the kernel", RequiredDriver::Ours, DiskStore::File("xfs"), StoreAccess::Tap("direct=yes,aio:{}", "uring"), Set::Full),
-    entry("tap-libaio", "tap:aio, Linux AIO", RequiredDriver::Ours, DiskStore::Memory, StoreAccess::Tap(PROCESS, "aio"), Set::Full),
-    entry("tap-qcow2", "tap:qcow2", RequiredDriver::Ours, DiskStore::Image("qcow2"), StoreAccess::Tap("qcow2:{}", "uring"), Set::Full),
+    entry("tap-aio", "tap:aio, io_uring", OURS, DiskStore::Memory, StoreAccess::Tap(PROCESS, "uring"), Set::Full),
+    entry("tap-direct", "tap:aio, executed by the kernel", OURS, DiskStore::Memory, StoreAccess::Tap("direct=yes,aio:{}", "uring"), Set::Full),
+    entry("tap-direct-ext4", "tap:aio, a file on ext4, executed by the kernel", OURS, DiskStore::File("ext4"), StoreAccess::Tap("direct=yes,aio:{}", "uring"), Set::Full),
+    entry("tap-direct-xfs", "tap:aio, a file on XFS, executed by the kernel", OURS, DiskStore::File("xfs"), StoreAccess::Tap("direct=yes,aio:{}", "uring"), Set::Full),
+    entry("tap-libaio", "tap:aio, Linux AIO", OURS, DiskStore::Memory, StoreAccess::Tap(PROCESS, "aio"), Set::Full),
+    entry("tap-qcow2", "tap:qcow2", OURS, DiskStore::Image("qcow2"), StoreAccess::Tap("qcow2:{}", "uring"), Set::Full),
     entry("qdisk-qcow2", "qdisk (QEMU), qcow2", RequiredDriver::None, DiskStore::Image("qcow2"), StoreAccess::Guest(QDISK_QCOW2), Set::Full),
-    entry("tap-direct-qcow2", "tap:qcow2, executed by the kernel", RequiredDriver::Ours, DiskStore::Image("qcow2"), StoreAccess::Tap("direct=yes,qcow2:{}", "uring"), Set::Full),
-    entry("tap-clone", "tap:qcow2, a new image over a file on ext4, executed by the kernel", RequiredDriver::Ours, DiskStore::Clone("ext4"), StoreAccess::Tap("direct=yes,qcow2:{}", "uring"), Set::Full),
-    entry("tap-qcow2-new", "tap:qcow2, an empty image", RequiredDriver::Ours, DiskStore::New, StoreAccess::Tap("qcow2:{}", "uring"), Set::Named),
-    entry("tap-direct-qcow2-new", "tap:qcow2, an empty image, executed by the kernel", RequiredDriver::Ours, DiskStore::New, StoreAccess::Tap("direct=yes,qcow2:{}", "uring"), Set::Named),
+    entry("tap-direct-qcow2", "tap:qcow2, executed by the kernel", OURS, DiskStore::Image("qcow2"), StoreAccess::Tap("direct=yes,qcow2:{}", "uring"), Set::Full),
+    entry("tap-clone", "tap:qcow2, a new image over a file on ext4, executed by the kernel", OURS, DiskStore::Clone("ext4"), StoreAccess::Tap("direct=yes,qcow2:{}", "uring"), Set::Full),
+    entry("tap-qcow2-new", "tap:qcow2, an empty image", OURS, DiskStore::New, StoreAccess::Tap("qcow2:{}", "uring"), Set::Named),
+    entry("tap-direct-qcow2-new", "tap:qcow2, an empty image, executed by the kernel", OURS, DiskStore::New, StoreAccess::Tap("direct=yes,qcow2:{}", "uring"), Set::Named),
     entry("qdisk-qcow2-new", "qdisk (QEMU), qcow2, an empty image", RequiredDriver::None, DiskStore::New, StoreAccess::Guest(QDISK_QCOW2), Set::Named),
-    entry("tap-ext4", "tap:aio, a file on ext4", RequiredDriver::Ours, DiskStore::File("ext4"), StoreAccess::Tap(PROCESS, "uring"), Set::Named),
-    entry("tap-chain", "tap:qcow2, a chain of ten on ext4", RequiredDriver::Ours, DiskStore::Chain("ext4"), StoreAccess::Tap("qcow2:{}", "uring"), Set::Named),
-    entry("tap-direct-chain", "tap:qcow2, a chain of ten on ext4, executed by the kernel", RequiredDriver::Ours, DiskStore::Chain("ext4"), StoreAccess::Tap("direct=yes,qcow2:{}", "uring"), Set::Named),
+    entry("tap-ext4", "tap:aio, a file on ext4", OURS, DiskStore::File("ext4"), StoreAccess::Tap(PROCESS, "uring"), Set::Named),
+    entry("tap-chain", "tap:qcow2, a chain of ten on ext4", OURS, DiskStore::Chain("ext4"), StoreAccess::Tap("qcow2:{}", "uring"), Set::Named),
+    entry("tap-direct-chain", "tap:qcow2, a chain of ten on ext4, executed by the kernel", OURS, DiskStore::Chain("ext4"), StoreAccess::Tap("direct=yes,qcow2:{}", "uring"), Set::Named),
     entry("qdisk-chain", "qdisk (QEMU), qcow2, a chain of ten on ext4", RequiredDriver::None, DiskStore::Chain("ext4"), StoreAccess::Guest(QDISK_QCOW2), Set::Named),
-    entry("tap-luks", "tap:luks, a file on ext4", RequiredDriver::Ours, DiskStore::Sealed("ext4"), StoreAccess::Tap("key=/run/bench.key,luks:{}", "uring"), Set::Named),
-    entry("tap-clone-process", "tap:qcow2, a new image over a file on ext4", RequiredDriver::Ours, DiskStore::Clone("ext4"), StoreAccess::Tap("qcow2:{}", "uring"), Set::Named),
-    entry("tap-clone-cached", "tap:qcow2, a new image over a file on ext4 in dom0's cache", RequiredDriver::Ours, DiskStore::Clone("ext4"), StoreAccess::Tap("below=cached,qcow2:{}", "uring"), Set::Named),
-    entry("tap-vhd", "tap:vhd", RequiredDriver::Ours, DiskStore::Image("vpc"), StoreAccess::Tap("vhd:{}", "uring"), Set::Full),
-    entry("tap-direct-vhd", "tap:vhd, executed by the kernel", RequiredDriver::Ours, DiskStore::Image("vpc"), StoreAccess::Tap("direct=yes,vhd:{}", "uring"), Set::Full),
-    entry("tap-vmdk", "tap:vmdk, a file on ext4", RequiredDriver::Ours, DiskStore::FileOf("ext4", "vmdk"), StoreAccess::Tap("vmdk:{}", "uring"), Set::Named),
-    entry("tap-direct-vmdk", "tap:vmdk, a file on ext4, executed by the kernel", RequiredDriver::Ours, DiskStore::FileOf("ext4", "vmdk"), StoreAccess::Tap("direct=yes,vmdk:{}", "uring"), Set::Named),
-    entry("tap-nbd", "tap:nbd, QEMU's server in dom0", RequiredDriver::Ours, DiskStore::Export, StoreAccess::Tap("nbd:unix:{}:exportname=disk", "uring"), Set::Named),
+    entry("tap-luks", "tap:luks, a file on ext4", OURS, DiskStore::Sealed("ext4"), StoreAccess::Tap("key=/run/bench.key,luks:{}", "uring"), Set::Named),
+    entry("tap-clone-process", "tap:qcow2, a new image over a file on ext4", OURS, DiskStore::Clone("ext4"), StoreAccess::Tap("qcow2:{}", "uring"), Set::Named),
+    entry("tap-clone-cached", "tap:qcow2, a new image over a file on ext4 in dom0's cache", OURS, DiskStore::Clone("ext4"), StoreAccess::Tap("below=cached,qcow2:{}", "uring"), Set::Named),
+    entry("tap-vhd", "tap:vhd", OURS, DiskStore::Image("vpc"), StoreAccess::Tap("vhd:{}", "uring"), Set::Full),
+    entry("tap-direct-vhd", "tap:vhd, executed by the kernel", OURS, DiskStore::Image("vpc"), StoreAccess::Tap("direct=yes,vhd:{}", "uring"), Set::Full),
+    entry("tap-vmdk", "tap:vmdk, a file on ext4", OURS, DiskStore::FileOf("ext4", "vmdk"), StoreAccess::Tap("vmdk:{}", "uring"), Set::Named),
+    entry("tap-direct-vmdk", "tap:vmdk, a file on ext4, executed by the kernel", OURS, DiskStore::FileOf("ext4", "vmdk"), StoreAccess::Tap("direct=yes,vmdk:{}", "uring"), Set::Named),
+    entry("tap-nbd", "tap:nbd, QEMU's server in dom0", OURS, DiskStore::Export, StoreAccess::Tap("nbd:unix:{}:exportname=disk", "uring"), Set::Named),
     entry("qdisk-nbd", "qdisk (QEMU), QEMU's NBD server in dom0", RequiredDriver::None, DiskStore::Export, StoreAccess::Export, Set::Named),
-    entry("tap-null", "tap:null, no storage", RequiredDriver::Ours, DiskStore::Memory, StoreAccess::Tap("null:256M", "uring"), Set::Named),
-    entry("phy-pvh", "this driver, PVH guest", RequiredDriver::Ours, DiskStore::Memory, StoreAccess::Pvh(PHY), Set::Full),
+    entry("tap-null", "tap:null, no storage", OURS, DiskStore::Memory, StoreAccess::Tap("null:256M", "uring"), Set::Named),
+    entry("phy-pvh", "this driver, PVH guest", OURS, DiskStore::Memory, StoreAccess::Pvh(PHY), Set::Full),
     entry("c-pvh", "C driver, persistent grants, PVH guest", PERSISTENT, DiskStore::Memory, StoreAccess::Pvh(PHY), Set::Full),
     entry("c-plain-pvh", "C driver, no persistent, PVH guest", PLAIN, DiskStore::Memory, StoreAccess::Pvh(PHY), Set::Full),
     entry("native", "dom0 itself, no guest", RequiredDriver::None, DiskStore::Memory, StoreAccess::Native, Set::Full),

@@ -34,7 +34,7 @@ pub(crate) struct Stores {
     of_loop: Option<String>,
     image: Option<String>,
     small: Vec<String>,
-    media: BTreeMap<Medium, String>,
+    media: BTreeMap<Medium, Vec<String>>,
 }
 
 impl Stores {
@@ -45,7 +45,7 @@ impl Stores {
         small: u32,
         used: u32,
         cloned: bool,
-        media: &[Medium],
+        media: &BTreeMap<Medium, u32>,
     ) -> Result<Stores> {
         sh::run(&["modprobe", "null_blk", "nr_devices=0"])?;
         if !Path::new(NULL_BLK).exists() {
@@ -86,15 +86,19 @@ impl Stores {
             small: small.collect::<Result<_>>()?,
             media: media
                 .iter()
-                .map(|medium| Ok((*medium, medium_device(*medium)?)))
+                .map(|(medium, count)| {
+                    let devices = (0..*count).map(|index| medium_device(*medium, index));
+                    Ok((*medium, devices.collect::<Result<_>>()?))
+                })
                 .collect::<Result<_>>()?,
         })
     }
 
-    /// Returns the node of a device.
-    pub(crate) fn medium(&self, medium: Medium) -> Result<&str> {
-        let node = self.media.get(&medium).map(String::as_str);
-        node.with_context(|| format!("there is no device {medium:?}"))
+    /// Returns the nodes of `count` devices of this kind.
+    pub(crate) fn media(&self, medium: Medium, count: u32) -> Result<&[String]> {
+        let nodes = self.media.get(&medium);
+        let nodes = nodes.and_then(|nodes| nodes.get(..count as usize));
+        nodes.with_context(|| format!("there are no {count} devices {medium:?}"))
     }
 
     /// Returns the device node of a store, or its file.
@@ -211,13 +215,13 @@ fn null_blk(name: &str, mib: u32) -> Result<String> {
     null_blk_with(name, mib, &[("memory_backed", "1")])
 }
 
-/// Makes a device without data. The device and the disks on it have no scheduler.
-fn medium_device(medium: Medium) -> Result<String> {
+/// Makes a device without data; `index` tells those of one kind apart. The device and the disks on it have no scheduler.
+fn medium_device(medium: Medium, index: u32) -> Result<String> {
     let (name, irqmode, nanoseconds) = match medium {
-        Medium::AtOnce => ("bare".to_owned(), "0", 0),
+        Medium::AtOnce => (format!("bare-{index}"), "0", 0),
         // 2: by a timer, whose interrupt ends the request.
         Medium::Interrupt(microseconds) => (
-            format!("irq{microseconds}"),
+            format!("irq{microseconds}-{index}"),
             "2",
             u64::from(microseconds) * 1000,
         ),

@@ -37,12 +37,14 @@ impl Drivers {
         }
         self.unload()?;
         let name = match wanted {
-            RequiredDriver::Ours | RequiredDriver::Wasteful => {
-                let file = match wanted {
-                    RequiredDriver::Wasteful => WASTEFUL,
-                    _ => &self.ours,
-                };
-                sh::run(&["insmod", file])?;
+            RequiredDriver::Ours(parameters) => {
+                let mut words = vec!["insmod", &self.ours];
+                words.extend(parameters.split_whitespace());
+                sh::run(&words)?;
+                "xen-blkback-rs"
+            }
+            RequiredDriver::Wasteful => {
+                sh::run(&["insmod", WASTEFUL])?;
                 "xen-blkback-rs"
             }
             RequiredDriver::C(parameter) => {
@@ -59,7 +61,7 @@ impl Drivers {
     /// Unloads the driver, so that the next one sees the current number of processors.
     pub(crate) fn unload(&mut self) -> Result<()> {
         match std::mem::replace(&mut self.loaded, RequiredDriver::None) {
-            RequiredDriver::Ours | RequiredDriver::Wasteful => {
+            RequiredDriver::Ours(_) | RequiredDriver::Wasteful => {
                 sh::run(&["rmmod", "xen_blkback_rs"])?
             }
             RequiredDriver::C(_) => sh::run(&["rmmod", "xen_blkback"])?,

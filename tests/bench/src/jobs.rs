@@ -47,6 +47,8 @@ pub(crate) enum Setting {
     Clones(u32),
     /// Like `Plain`, but the disk is on this device.
     On(Medium),
+    /// Like `Disks`, but each disk is on a device of its own of this kind.
+    DisksOn(u32, Medium),
 }
 
 /// A block device without a scheduler, as for NVMe, and without data: it neither looks up nor copies any.
@@ -67,14 +69,28 @@ impl Setting {
             | Setting::Shared
             | Setting::Disks(_)
             | Setting::Clones(_)
-            | Setting::On(_) => 1,
+            | Setting::On(_)
+            | Setting::DisksOn(..) => 1,
+        }
+    }
+
+    /// Returns the kind of device below its disks and their number, if that is no memory.
+    pub(crate) fn media(self) -> Option<(Medium, u32)> {
+        match self {
+            Setting::On(medium) => Some((medium, 1)),
+            Setting::DisksOn(disks, medium) => Some((medium, disks)),
+            Setting::Plain
+            | Setting::Queues
+            | Setting::Shared
+            | Setting::Disks(_)
+            | Setting::Clones(_) => None,
         }
     }
 
     /// Returns the number of disks that the job uses.
     pub(crate) fn disks(self) -> u32 {
         match self {
-            Setting::Disks(disks) | Setting::Clones(disks) => disks,
+            Setting::Disks(disks) | Setting::Clones(disks) | Setting::DisksOn(disks, _) => disks,
             Setting::Plain | Setting::Queues | Setting::Shared | Setting::On(_) => 1,
         }
     }
@@ -102,6 +118,7 @@ const FILE_SERVER: &str =
     "--rw=randrw --bssplit=512/10:1k/5:2k/5:4k/60:8k/2:16k/4:32k/4:64k/10 --iodepth=256";
 const RR4K: &str = "--rw=randread --bs=4k --iodepth=32";
 const RR4K_1: &str = "--rw=randread --bs=4k --iodepth=1";
+const RR4K_8: &str = "--rw=randread --bs=4k --iodepth=8";
 const R1M: &str = "--rw=read --bs=1m --iodepth=4";
 const W1M: &str = "--rw=write --bs=1m --iodepth=4";
 const R128K: &str = "--rw=randread --bs=128k --iodepth=32";
@@ -130,7 +147,7 @@ const fn entry(
 
 use JobWork::{Attach, Bonnie, Boot, CopyFile, Death, Detach, Fio, Handoff, Idle, Move, Takeover};
 use Medium::{AtOnce, Interrupt};
-use Setting::{Clones, Disks, On, Plain, Queues, Shared};
+use Setting::{Clones, Disks, DisksOn, On, Plain, Queues, Shared};
 
 /// All jobs.
 #[rustfmt::skip]
@@ -170,6 +187,9 @@ pub(crate) const ALL: &[BenchJob] = &[
     entry("fs80-2x256-1p", "file server, 80 % read, 2 jobs of depth 256, guest and dom0 on one processor", Fio("--rwmixread=80", 2), 2000, Shared, Set::Full),
     entry("rr4k-4disks", "4 KiB random read, depth 32 on each of 4 disks", Fio(RR4K, 1), 800, Disks(4), Set::Full),
     entry("rr4k-16disks", "4 KiB random read, depth 32 on each of 16 disks", Fio(RR4K, 1), 250, Disks(16), Set::Full),
+    entry("rr4k-4disks-qd1-80us", "4 KiB random read, depth 1 on each of 4 disks, an interrupt after 80 us", Fio(RR4K_1, 1), 600, DisksOn(4, Interrupt(80)), Set::Full),
+    entry("rr4k-4disks-qd8-80us", "4 KiB random read, depth 8 on each of 4 disks, an interrupt after 80 us", Fio(RR4K_8, 1), 1000, DisksOn(4, Interrupt(80)), Set::Full),
+    entry("rr4k-16disks-qd1-80us", "4 KiB random read, depth 1 on each of 16 disks, an interrupt after 80 us", Fio(RR4K_1, 1), 200, DisksOn(16, Interrupt(80)), Set::Full),
     entry("bonnie", "bonnie++ on ext4, a file of 128 MiB and 48 MiB of memory", Bonnie, 128, Plain, Set::Full),
     entry("storm", "8 clones of one system boot at once: 24 MiB of files are read of each, and a log is written", Boot, SMALL_SYSTEM_MIB, Clones(8), Set::Named),
     entry("copy", "a file of 20 MiB is copied to a new ext4", CopyFile, 20, Plain, Set::Full),

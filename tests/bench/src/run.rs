@@ -18,7 +18,7 @@ use crate::tap::{self, BenchSupervisor};
 use crate::{bonnie, booted, copied, sh};
 use anyhow::{ensure, Context, Result};
 use serde_json::{json, Map, Value};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Duration;
 
@@ -132,7 +132,7 @@ const PARTS: [fn(&BenchJob) -> bool; 7] = [
         _ => false,
     },
     |job| job.setting == Setting::Shared,
-    |job| matches!(job.setting, Setting::Disks(_)),
+    |job| matches!(job.setting, Setting::Disks(_) | Setting::DisksOn(..)),
     |job| job.setting == Setting::Queues,
     BenchJob::is_change,
     |job| job.work == JobWork::Bonnie,
@@ -156,14 +156,11 @@ fn stores(backends: &[Backend], jobs: &[BenchJob]) -> Result<Stores> {
     let cloned = jobs
         .iter()
         .any(|job| matches!(job.setting, Setting::Clones(_)));
-    let media: BTreeSet<Medium> = jobs
-        .iter()
-        .filter_map(|job| match job.setting {
-            Setting::On(medium) => Some(medium),
-            _ => None,
-        })
-        .collect();
-    let media = Vec::from_iter(media);
+    let mut media = BTreeMap::<Medium, u32>::new();
+    for (medium, count) in jobs.iter().filter_map(|job| job.setting.media()) {
+        let most = media.entry(medium).or_default();
+        *most = count.max(*most);
+    }
     Stores::create(&wanted, most(|_| true), used, cloned, &media)
 }
 
@@ -258,7 +255,15 @@ impl Bench<'_> {
                 let again: Vec<BenchJob> = again.map(|(_, job)| *job).collect();
                 let visit = Visit { round, time };
                 match setting {
-                    Setting::Disks(count) => self.many(backend, &again, count, visit)?,
+                    Setting::Disks(count) => {
+                        let nodes = self.stores.small().iter().take(count as usize);
+                        let nodes = nodes.cloned().collect();
+                        self.many(backend, &again, nodes, visit)?
+                    }
+                    Setting::DisksOn(count, medium) => {
+                        let nodes = self.stores.media(medium, count)?.to_vec();
+                        self.many(backend, &again, nodes, visit)?
+                    }
                     Setting::Plain | Setting::Queues | Setting::Shared
                         if backend.store.is_used_up() =>
                     {
@@ -290,7 +295,7 @@ impl Bench<'_> {
     /// Measures jobs on one disk that xl attaches, or on its store in dom0.
     fn plain(&mut self, backend: &Backend, jobs: &[BenchJob], visit: Visit) -> Result<()> {
         let store = match jobs.first().map(|job| job.setting) {
-            Some(Setting::On(medium)) => self.stores.medium(medium)?.to_owned(),
+            Some(Setting::On(medium)) => self.stores.media(medium, 1)?[0].clone(),
             _ => self.stores.path(backend.store).to_owned(),
         };
         if jobs.iter().any(|job| job.work == JobWork::Boot) {
@@ -403,21 +408,15 @@ impl Bench<'_> {
         supervisor.map_or(Ok(()), BenchSupervisor::stop)
     }
 
-    /// Measures jobs on `count` disks that appear at once, and the costs of attach and detach.
+    /// Measures jobs on disks on these devices that appear at once, and the costs of attach and detach.
     fn many(
         &mut self,
         backend: &Backend,
         jobs: &[BenchJob],
-        count: u32,
+        nodes: Vec<String>,
         visit: Visit,
     ) -> Result<()> {
-        let nodes: Vec<String> = self
-            .stores
-            .small()
-            .iter()
-            .take(count as usize)
-            .cloned()
-            .collect();
+        let count = u32::try_from(nodes.len())?;
         let of = |work: JobWork| jobs.iter().find(|job| job.work == work);
         if of(JobWork::Idle).is_some() {
             // Memory that the first disks ever allocate permanently does not count for these.
@@ -502,7 +501,7 @@ impl Bench<'_> {
     /// Checks which driver serves the disk, because a figure of the wrong driver would be worse than none.
     fn check_server(&self, driver: RequiredDriver, number: u32) -> Result<()> {
         let wanted = match driver {
-            RequiredDriver::Ours | RequiredDriver::Wasteful => Some("xen-blkback-rs"),
+            RequiredDriver::Ours(_) | RequiredDriver::Wasteful => Some("xen-blkback-rs"),
             RequiredDriver::C(_) => Some("vbd"),
             RequiredDriver::None => None,
         };
@@ -522,7 +521,7 @@ fn fits(backend: &Backend, job: &BenchJob) -> bool {
     let process = matches!(backend.way, StoreAccess::Tap(PROCESS, _));
     match (job.setting, job.work) {
         (_, JobWork::Death | JobWork::Handoff) => process,
-        (_, JobWork::Takeover) => memory && guest && backend.driver == RequiredDriver::Ours,
+        (_, JobWork::Takeover) => memory && guest && backend.driver == RequiredDriver::Ours(""),
         // Xen does not log the dirty pages of PV guests here.
         (_, JobWork::Move) => matches!(backend.way, StoreAccess::Pvh(_)),
         (Setting::Plain, JobWork::Bonnie) | (Setting::Queues, _) => memory,
@@ -538,7 +537,9 @@ fn fits(backend: &Backend, job: &BenchJob) -> bool {
         }
         // Clones are only for a first boot, because most of their data is in the backing image.
         (Setting::Plain, _) => !matches!(backend.store, DiskStore::Clone(_)),
-        (Setting::Disks(_), _) => memory && guest && backend.driver != RequiredDriver::None,
+        (Setting::Disks(_) | Setting::DisksOn(..), _) => {
+            memory && guest && backend.driver != RequiredDriver::None
+        }
     }
 }
 
