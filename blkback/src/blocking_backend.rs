@@ -87,6 +87,14 @@ impl<B: Backend> Backend for BlockingBackend<'_, B> {
         self.backend.gathers()
     }
 
+    fn forget_wake_ups(&mut self) {
+        self.backend.forget_wake_ups();
+    }
+
+    fn reaps_anywhere(&self) -> bool {
+        self.backend.reaps_anywhere()
+    }
+
     fn reap(&mut self, mut done: impl FnMut(QueueTag, ResponseStatus)) {
         let traced = self.context.guest.traced();
         self.backend.reap(|tag, status| {

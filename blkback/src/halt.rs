@@ -11,7 +11,7 @@
 //! not look busy while its guest does little.
 
 use crate::linux;
-use crate::linux::task::wake_event::WakeEvent;
+use crate::linux::task::wake_event::Lent;
 use crate::params;
 
 /// Approximate number of waits that the mean covers.
@@ -38,15 +38,15 @@ impl HaltEstimator {
         }
     }
 
-    /// Waits until `wake_event` is notified, if waits are short. Returns false if the thread has to sleep for that. `start`
-    /// is the local clock at the beginning of the wait.
-    pub(crate) fn wait(&self, wake_event: &WakeEvent, start: u64) -> bool {
+    /// Waits for a wake-up, if waits are short. Returns false if the thread has to sleep for that. `start` is the local clock
+    /// at the beginning of the wait.
+    pub(crate) fn wait(&self, lent: Lent<'_>, start: u64) -> bool {
         if self.most == 0 || self.mean > self.most {
             return false;
         }
         let longest = self.most.saturating_mul(LONGEST);
         loop {
-            if wake_event.halt() {
+            if lent.halt() {
                 return true;
             }
             if linux::cpu_is_wanted() || linux::local_clock().saturating_sub(start) > longest {

@@ -132,6 +132,15 @@ impl Backend for Phy {
         });
     }
 
+    fn forget_wake_ups(&mut self) {
+        self.bios.forget_wake_ups();
+    }
+
+    // Its bios name no storage that would have to be released.
+    fn reaps_anywhere(&self) -> bool {
+        true
+    }
+
     fn reap(&mut self, mut done: impl FnMut(QueueTag, ResponseStatus)) {
         self.bios.reap(|tag, status| {
             done(

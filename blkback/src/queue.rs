@@ -20,7 +20,7 @@ use crate::halt::HaltEstimator;
 use crate::idle_reclaim::IdleReclaim;
 use crate::linux::memory::vectors::filled;
 use crate::linux::task::kthread::{Runner, Thread};
-use crate::linux::task::wake_event::WakeEvent;
+use crate::linux::task::wake_event::{Lent, WaitingWork, WakeEvent};
 use crate::linux::trace;
 use crate::linux::xen::device::XenDevice;
 use crate::linux::xen::evtchn::{Activity, EventChannel};
@@ -276,6 +276,53 @@ fn longest_pause(left: Option<u64>, held: u64) -> Option<u64> {
     }
 }
 
+/// Sleeps until woken, for `pause` nanoseconds at most if there is one. `looks` means that the thread must not sleep without a
+/// limit: no event announces that a device was resized, so one thread looks now and then; borrowed pages that are not used are
+/// given back; and requests that wait for a process fail when they have waited for too long, also those of a queue that
+/// outlives the first one.
+fn sleep(lent: Lent<'_>, pause: Option<u64>, looks: bool) {
+    match pause {
+        Some(pause) => lent.wait_for(pause),
+        None if looks => lent.wait_for_a_while(),
+        None => lent.wait(),
+    }
+}
+
+/// An engine that is lent while the thread waits.
+struct LentEngine<'s, 'e, 'a, D, G, B> {
+    server: &'s Serving<'a, D>,
+    engine: &'s mut Engine<'e, &'a GuestMapping, G, B>,
+    /// Number of times that it was used.
+    calls: u32,
+}
+
+impl<D: QueueBackends, G: Grants, B: Backend> LentEngine<'_, '_, '_, D, G, B> {
+    /// Runs `wait`, in which the thread waits, and lends the engine meanwhile if that is possible.
+    fn while_lent<T>(&mut self, wait: impl FnOnce(Lent<'_>) -> T) -> T {
+        let server = self.server;
+        let work = match self.engine.can_lend() {
+            true => Some(self as &mut dyn WaitingWork),
+            false => None,
+        };
+        server.around.control.wake_event.lending(work, wait)
+    }
+}
+
+impl<D: QueueBackends, G: Grants, B: Backend> WaitingWork for LentEngine<'_, '_, '_, D, G, B> {
+    fn work(&mut self) -> bool {
+        let answers = self.engine.answer_completed();
+        let server = self.server;
+        if answers.notify {
+            server.guest.notify();
+        }
+        server.guest.traced().pass(0, answers.answered, answers.notify);
+        let (stats, flight) = (self.engine.stats(), self.engine.flight());
+        server.around.tally.show_answered(stats, flight);
+        self.calls = self.calls.wrapping_add(1);
+        answers.rest
+    }
+}
+
 /// Body of the thread.
 struct ThreadBody<D: QueueBackends> {
     server: QueueServer<D>,
@@ -501,13 +548,13 @@ struct Serving<'a, D> {
     around: &'a Surroundings<D>,
 }
 
-impl<D: QueueBackends> Serving<'_, D> {
+impl<'a, D: QueueBackends> Serving<'a, D> {
     /// Serves the ring until it has a command to end, which it returns.
     // Not part of its caller, so that each of the two has a small frame.
     #[inline(never)]
     fn serve<G: Grants, B: Backend>(
         &self,
-        engine: &mut Engine<'_, &GuestMapping, G, B>,
+        engine: &mut Engine<'_, &'a GuestMapping, G, B>,
         mut sectors: u64,
     ) -> QueueCommand {
         let mut broken = false;
@@ -560,35 +607,32 @@ impl<D: QueueBackends> Serving<'_, D> {
             held = if pass.held { held.saturating_add(1) } else { 0 };
             let pause = longest_pause(left, held);
             self.end_event(broken, &mut active);
-            if pause.is_none() && command == QueueCommand::Serve && halts.wait(wake_event, start) {
-                self.show_rarely(engine, &mut hidden);
+            let serves = pause.is_none() && command == QueueCommand::Serve;
+            let in_flight = engine.in_flight();
+            let mut work = LentEngine {
+                server: self,
+                engine,
+                calls: 0,
+            };
+            if serves && work.while_lent(|lent| halts.wait(lent, start)) {
+                self.show_rarely(work.engine, &mut hidden);
                 // The thread may never sleep.
                 cond_resched();
             } else {
-                let borrows = reclaim.before_sleep(engine, start);
-                self.show(engine);
-                self.sleep(pause, borrows || command != QueueCommand::Serve);
+                let borrows = reclaim.before_sleep(work.engine, start);
+                self.show(work.engine);
+                let looks = borrows || !serves || self.around.leads;
+                match serves {
+                    true => work.while_lent(|lent| sleep(lent, pause, looks)),
+                    false => wake_event.lending(None, |lent| sleep(lent, pause, looks)),
+                }
             }
+            let calls = work.calls;
             engine.woken(wake_event.woken_ns());
-            let waited = local_clock().saturating_sub(start);
+            // What came in the meantime and was answered without the thread would have been waits of its own.
+            let waited = local_clock().saturating_sub(start) / u64::from(calls).saturating_add(1);
             halts.waited(waited);
-            pollers.slept(engine.in_flight(), waited);
-        }
-    }
-
-    /// Sleeps until woken, for `pause` nanoseconds at most if there is one. `looks` means that the thread must not sleep
-    /// without a limit.
-    fn sleep(&self, pause: Option<u64>, looks: bool) {
-        let wake_event = &self.around.control.wake_event;
-        if let Some(pause) = pause {
-            wake_event.wait_for(pause);
-        } else if self.around.leads || looks {
-            // No event announces that a device was resized, so one thread looks now and then; borrowed pages that are not
-            // used are given back; and requests that wait for a process fail when they have waited for too long, also
-            // those of a queue that outlives the first one.
-            wake_event.wait_for_a_while();
-        } else {
-            wake_event.wait();
+            pollers.slept(in_flight, waited);
         }
     }
 

@@ -29,6 +29,10 @@ const REFUSED: u32 = 7;
 const FAILED: u32 = 8;
 const PASSES: u32 = 10;
 const NOTIFIED: u32 = 11;
+const READ_DONE: u32 = 12;
+const READ_NS: u32 = 13;
+const WRITE_DONE: u32 = 14;
+const WRITE_NS: u32 = 15;
 const PAGE_WAIT: u32 = 20;
 const RING_FULL: u32 = 22;
 // Attributes that follow the counters there, and are no counters.
@@ -328,6 +332,27 @@ impl QueueTally {
         shown.in_flight.store(flight.requests.into(), Relaxed);
         shown.oldest.store(flight.oldest.unwrap_or(0), Relaxed);
         shown.kept.store(flight.kept.into(), Relaxed);
+    }
+
+    /// Shows what answers change while the queue's thread waits: the thread does not show it before it wakes.
+    #[inline]
+    pub(crate) fn show_answered(&self, stats: &Stats, flight: QueueLoad) {
+        let shown = &*self.counters;
+        let Times { read, write, .. } = stats.times;
+        let changed = [
+            (NOTIFIED, stats.notified),
+            (READ_DONE, read.done),
+            (READ_NS, read.ns),
+            (WRITE_DONE, write.done),
+            (WRITE_NS, write.ns),
+        ];
+        for (index, now) in changed {
+            if let Some(counter) = shown.counters.get(index as usize) {
+                counter.store(now, Relaxed);
+            }
+        }
+        shown.in_flight.store(flight.requests.into(), Relaxed);
+        shown.oldest.store(flight.oldest.unwrap_or(0), Relaxed);
     }
 
     /// Returns the place where the queue shows an I/O that begins.

@@ -6,6 +6,8 @@
 
 #![cfg(loom)]
 
+#[path = "loom/lent.rs"]
+mod lent;
 #[path = "loom/passthrough.rs"]
 mod passthrough;
 #[path = "loom/tap.rs"]

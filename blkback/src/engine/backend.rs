@@ -117,8 +117,17 @@ pub trait Backend {
         false
     }
 
+    /// Forgets earlier wake-ups of the queue's thread: it calls this before it reaps, so that a wake-up for what it finds then
+    /// costs no further look.
+    fn forget_wake_ups(&mut self) {}
+
     /// Yields the completions that came since the last call, in any order. Does not sleep.
     fn reap(&mut self, done: impl FnMut(QueueTag, ResponseStatus));
+
+    /// Reports whether [`reap`](Self::reap) and [`now`](Self::now) may be called in any context, interrupts included.
+    fn reaps_anywhere(&self) -> bool {
+        false
+    }
 
     /// Reports whether requests of this kind are served best from mapped pages that the guest keeps granted.
     fn prefers_mapped(&self, _kind: IoKind) -> bool {
@@ -186,8 +195,18 @@ impl<B: Backend> Backend for &mut B {
     }
 
     #[inline]
+    fn forget_wake_ups(&mut self) {
+        (**self).forget_wake_ups();
+    }
+
+    #[inline]
     fn reap(&mut self, done: impl FnMut(QueueTag, ResponseStatus)) {
         (**self).reap(done);
+    }
+
+    #[inline]
+    fn reaps_anywhere(&self) -> bool {
+        (**self).reaps_anywhere()
     }
 
     #[inline]

@@ -11,6 +11,13 @@ use crate::ring::shared_ring::SharedRing;
 
 impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
     pub(super) fn complete(&mut self) {
+        self.backend.forget_wake_ups();
+        self.collect();
+        self.take_back();
+    }
+
+    /// Records what the backend has completed, and nothing else.
+    pub(super) fn collect(&mut self) {
         let mut batch = Times::default();
         let mut any = false;
         complete(&mut self.requests, &mut self.backend, |request| {
@@ -21,7 +28,6 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
             let now = self.clock.look(&self.backend);
             self.stats.times.add(&batch, now);
         }
-        self.take_back();
     }
 
     /// Makes requests wait for copy pages if the backend cannot serve them from mapped pages.

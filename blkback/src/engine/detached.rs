@@ -52,6 +52,7 @@ impl<G: Grants, B: Backend> DetachedEngine<'_, G, B> {
         while let Some(handle) = requests.pop_taken() {
             requests.push_completed(handle.fail());
         }
+        self.backend.forget_wake_ups();
         // These times are not counted.
         complete(requests, &mut self.backend, |_| ());
         self.end_given_back();

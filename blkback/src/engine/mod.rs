@@ -8,7 +8,8 @@
 //! publish <-- respond <-- copy out (or unmap) <---- complete <------+
 //! ```
 //!
-//! A request whose pages all stay mapped skips the steps in which nothing would be done for it (`quick`).
+//! A request whose pages all stay mapped skips the steps in which nothing would be done for it (`quick`). While the thread
+//! waits, the completion of such a request answers it without the thread (`lent`).
 //!
 //! A pass works in batches: all grant copies of a step are one hypercall, all submissions stand under one plug, all
 //! responses are published with at most one event. The engine belongs to one thread and holds no lock; it reaches its
@@ -22,6 +23,7 @@ mod copy_in;
 mod copy_out;
 mod detached;
 mod fetch;
+mod lent;
 pub mod mappings;
 mod page_alloc;
 mod parked;

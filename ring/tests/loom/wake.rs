@@ -5,7 +5,7 @@
 use loom::sync::atomic::{fence, AtomicU32, Ordering};
 use loom::sync::{Arc, Mutex};
 use loom::thread::{self, JoinHandle};
-use ring::wake::{halted, Sleeper, StateWord, WakeState};
+use ring::wake::{halted, Lending, Sleeper, StateWord, WakeState};
 
 /// Parts of the protocol that are left out, to show that the model finds the fault.
 #[derive(Clone, Copy, Default, PartialEq, Eq)]
@@ -113,7 +113,7 @@ impl WakeModel {
 
     /// Does as the shim: the last look with interrupts off, and the halt, which switches them on.
     fn halt_while(&self, others: &mut Others) {
-        let is_halted = || self.state.word().load() == halted(PROCESSOR);
+        let is_halted = || self.state.word().load() == halted(PROCESSOR, Lending::Nothing);
         let early = self.planted == Planted::EarlyLook && is_halted();
         self.processor.lock().unwrap().interrupts_off = true;
         if early || is_halted() {
@@ -123,14 +123,14 @@ impl WakeModel {
     }
 
     fn halt(&self, others: &mut Others) -> bool {
-        if self.state.begin_halt(PROCESSOR) {
+        if self.state.begin_halt(PROCESSOR, Lending::Nothing) {
             self.halt_while(others);
         }
-        self.state.end_halt(PROCESSOR)
+        self.state.end_halt(PROCESSOR, Lending::Nothing)
     }
 
     fn sleep(&self, others: &mut Others) {
-        if self.state.fall_asleep() {
+        if self.state.fall_asleep(Lending::Nothing) {
             let completed = || core::mem::take(&mut *self.completed.lock().unwrap());
             block(others, completed);
         }

@@ -75,6 +75,8 @@ pub enum MachineFault {
     StarveFirst,
     /// A completion does not wake the worker.
     SwallowWake,
+    /// A completion that answers in place of the worker does not wake it for the rest.
+    SleepOn,
     /// Requests of a dead process are delivered again while its I/O is running.
     SkipFence,
     /// The shadow does not learn that the I/O of a process is executed elsewhere.
@@ -302,6 +304,8 @@ pub struct Machine {
     pub history: DiskHistory,
     /// The guest destroyed its own ring: from now on only leaks are checked.
     pub hosed: bool,
+    /// Requests that completions answered while the worker slept.
+    pub answered_asleep: u64,
     /// The ring is given back while the next batch of I/O is started.
     pub goes_in_submit: bool,
     /// The ring is given back while pages are unmapped of requests that the backend gave back.
@@ -354,6 +358,7 @@ impl Machine {
             rewrite_req_prod: None,
             hosed: false,
             goes_in_submit: false,
+            answered_asleep: 0,
             goes_in_unmap: false,
             gone: false,
             closing: false,

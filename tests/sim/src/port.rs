@@ -89,6 +89,10 @@ impl Backend for FakeDisk {
         }
     }
 
+    fn reaps_anywhere(&self) -> bool {
+        true
+    }
+
     fn prefers_mapped(&self, _kind: IoKind) -> bool {
         let mut m = self.machine.borrow_mut();
         m.setup.gives_back == 0 || m.rng.percent(80)

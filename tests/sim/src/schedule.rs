@@ -341,6 +341,8 @@ pub struct CaseOutcome {
     pub okay: u64,
     /// Requests whose pages were mapped.
     pub mapped: u64,
+    /// Requests that completions answered while the worker slept.
+    pub answered_asleep: u64,
     /// Requests that had to wait for room.
     pub waited: u64,
     /// Flushes, barriers and discards executed.
@@ -596,6 +598,7 @@ pub fn run_setup(setup: MachineSetup, rng: &mut Rng, fault: Option<MachineFault>
         answers: m.front.answers.len() as u64,
         okay: m.front.answers.iter().filter(|a| a.status == 0).count() as u64,
         mapped: stats.mapped,
+        answered_asleep: m.answered_asleep,
         waited: stats.oo_req,
         special: m.disk.special,
         given_back: m.disk.given_back.0 + m.disk.given_back.1,

@@ -312,11 +312,17 @@ impl<'a, B: Backend> EngineWorld<'a, B> {
         }
     }
 
-    fn after(&mut self, pass: Pass) {
+    /// Sends the frontend an event if `notify`.
+    fn tell(&mut self, notify: bool) {
         let mut m = self.machine.borrow_mut();
-        if pass.notify && !m.commit(MachineFault::LoseInterrupt) {
+        if notify && !m.commit(MachineFault::LoseInterrupt) {
             m.front.interrupt = true;
         }
+    }
+
+    fn after(&mut self, pass: Pass) {
+        self.tell(pass.notify);
+        let mut m = self.machine.borrow_mut();
         m.late_copy();
         if m.host.is_late() && m.rng.percent(20) {
             m.copy_later();
@@ -354,6 +360,9 @@ impl<'a, B: Backend> EngineWorld<'a, B> {
             self.elsewhere();
             return true;
         }
+        if self.completion_answers() {
+            return true;
+        }
         let mut m = self.machine.borrow_mut();
         if m.event || m.disk.wake {
             m.event = false;
@@ -363,6 +372,33 @@ impl<'a, B: Backend> EngineWorld<'a, B> {
         }
         asleep_is_right(&mut m, self.engine.in_flight(), self.last.broken);
         step(&mut m)
+    }
+
+    /// Lets completions that find the worker asleep answer in its place, sometimes. Returns true if they did.
+    fn completion_answers(&mut self) -> bool {
+        let can_lend = self.engine.can_lend();
+        let before = {
+            let mut m = self.machine.borrow_mut();
+            // I/O that was given back is for the worker.
+            let is_complete = m.disk.wake && m.disk.back.is_empty();
+            if !is_complete || !can_lend || m.rng.percent(30) {
+                return false;
+            }
+            m.disk.wake = false;
+            m.looks = 0;
+            m.accesses
+        };
+        let answers = self.engine.answer_completed();
+        self.looks_rarely();
+        self.tell(answers.notify);
+        let mut m = self.machine.borrow_mut();
+        m.answered_asleep += u64::from(answers.answered);
+        let now = m.accesses;
+        if (now.slots, now.copies, now.maps) != (before.slots, before.copies, before.maps) {
+            m.problem("a completion did more than answer".into());
+        }
+        self.awake = answers.rest && !m.commit(MachineFault::SleepOn);
+        true
     }
 
     /// Checks the state when nothing is left to do.

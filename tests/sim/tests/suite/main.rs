@@ -9,6 +9,7 @@ mod given_back;
 mod held;
 mod hostile;
 mod kept;
+mod lent;
 mod mapped;
 mod mapped_negative;
 mod memory_quota;

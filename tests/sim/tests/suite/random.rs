@@ -24,6 +24,7 @@ fn check(seed: u64, total: &mut CaseOutcome) {
     total.answers += outcome.answers;
     total.okay += outcome.okay;
     total.mapped += outcome.mapped;
+    total.answered_asleep += outcome.answered_asleep;
     total.waited += outcome.waited;
     total.special += outcome.special;
     total.broken += outcome.broken;
@@ -48,5 +49,6 @@ fn every_schedule_is_explained() {
             "{total:?}"
         );
         assert!(total.given_back > cases / 10, "{total:?}");
+        assert!(total.answered_asleep > cases, "{total:?}");
     }
 }

@@ -113,7 +113,8 @@ struct IoRecord {
     pending: Atomic<i32>,
     /// The first error as `blk_status_t`, or 0; 0 between two I/Os.
     status: Atomic<u32>,
-    /// Set from the beginning of an I/O until its completion is reaped. Only the thread that has the disk looks.
+    /// Set from the beginning of an I/O until its completion is reaped. Only the thread that has the disk looks, or a
+    /// borrower in its place.
     taken: Cell<bool>,
     tag: QueueTag,
     owner: *const BioDisk,
@@ -149,8 +150,8 @@ pub(crate) struct BioDisk {
 }
 
 // SAFETY: What completions touch on other processors is atomic: a record's `pending` and `status`, and `done`, `wake_event`
-// and `busy`. All else of a record belongs to the one thread that has the disk, or to its bios. (It is not `Sync`: two
-// threads could begin I/O of one tag.)
+// and `busy`. All else of a record belongs to the one thread that has the disk, or to whom it lends that while it waits, or
+// to its bios. (It is not `Sync`: two threads could begin I/O of one tag.)
 unsafe impl Send for BioDisk {}
 
 impl BioDisk {
@@ -270,9 +271,13 @@ impl BioDisk {
         })
     }
 
-    /// Yields every I/O that has completed, once.
-    pub(crate) fn reap(&self, mut done: impl FnMut(QueueTag, u32)) {
+    /// Forgets earlier wake-ups of the thread, which then [reaps](Self::reap).
+    pub(crate) fn forget_wake_ups(&self) {
         self.wake_event.rearm();
+    }
+
+    /// Yields every I/O that has completed, once. Callable in any context if no I/O has a storage of its own.
+    pub(crate) fn reap(&self, mut done: impl FnMut(QueueTag, u32)) {
         for (index, word) in self.done.iter().enumerate() {
             if word.load(Relaxed) == 0 {
                 continue;
@@ -515,7 +520,7 @@ fn put(record: &IoRecord) {
         // setting it.
         word.fetch_add(1u64 << bit, Full);
     }
-    disk.wake_event.wake();
+    disk.wake_event.wake_or_work();
     // INVARIANT: Nothing of the disk is touched after this.
     disk.busy.fetch_sub(1, Release);
 }

@@ -7,6 +7,9 @@
 //! A thread whose waits are short may keep its processor while it waits: it halts the processor itself, as the idle task
 //! would, so that two switches of tasks and what goes with them are saved.
 //!
+//! A thread that waits may lend what it works on ([`WaitingWork`]): a completion of I/O then finishes its request in the
+//! context in which it comes, and the thread goes on waiting.
+//!
 //! Wraps `safe_halt` (include/linux/irqflags.h) and `smp_send_reschedule` (include/linux/smp.h), `wait_for_completion_state`, `wait_for_completion_interruptible_timeout` and `complete`
 //! (include/linux/completion.h). `kernel::sync::Completion` waits uninterruptibly and without a limit,
 //! which would count as load and as a hung task.
@@ -14,7 +17,9 @@
 use crate::linux::monotonic_ns;
 use crate::linux::sys;
 use crate::linux::versions;
-use crate::ring::wake::{halted, Sleeper, StateWord, WakeState};
+use crate::ring::wake::{halted, Lending, Sleeper, StateWord, WakeState};
+use core::cell::UnsafeCell;
+use core::ptr::NonNull;
 use kernel::bindings;
 use kernel::prelude::*;
 use kernel::sync::atomic::{
@@ -53,10 +58,23 @@ impl StateWord for Word {
     }
 }
 
+/// What a thread lends while it waits. It uses nothing that belongs to a processor or to the thread as a task.
+pub(crate) trait WaitingWork {
+    /// Does what has come since, in place of the thread. Returns true if the thread has to look itself. Runs in any context,
+    /// interrupts included, without preemption: it must not sleep, and its work has a bound.
+    fn work(&mut self) -> bool;
+}
+
 /// A place where one thread sleeps.
+///
+/// # Invariants
+///
+/// While `state` is lent or borrowed, `work` is what the thread lends, which nothing else uses until then. Only the thread
+/// changes `work`, while `state` is neither.
 #[pin_data]
 pub(crate) struct WakeEvent {
     state: WakeState<Word>,
+    work: UnsafeCell<Option<NonNull<dyn WaitingWork>>>,
     /// Whether wakers record the time, and the time of the last wake-up that found a sleeper.
     is_timed: AtomicFlag,
     woken_ns: Atomic<u64>,
@@ -64,7 +82,8 @@ pub(crate) struct WakeEvent {
     done: Opaque<bindings::completion>,
 }
 
-// SAFETY: The state is atomic and a completion may be used from any context.
+// SAFETY: The state is atomic and a completion may be used from any context. `work` is used by the thread, or by one borrower
+// while the thread waits: what a thread lends is at rest then, and used by nothing else, as if the borrower were that thread.
 unsafe impl Send for WakeEvent {}
 // SAFETY: As above.
 unsafe impl Sync for WakeEvent {}
@@ -75,6 +94,7 @@ impl WakeEvent {
         Arc::pin_init(
             pin_init!(Self {
                 state: WakeState::new(Word(Atomic::new(0))),
+                work: UnsafeCell::new(None),
                 is_timed: AtomicFlag::new(false),
                 woken_ns: Atomic::new(0),
                 done <- Opaque::ffi_init(|slot| {
@@ -90,6 +110,39 @@ impl WakeEvent {
     /// from any context, interrupts included.
     pub(crate) fn wake(&self) {
         let sleeper = self.state.wake();
+        self.wake_as(sleeper);
+    }
+
+    /// Does the sleeper's work in its place if it waits and lends that, or wakes it. Callable from any context, interrupts
+    /// included.
+    #[inline]
+    pub(crate) fn wake_or_work(&self) {
+        match self.state.is_lent() {
+            true => self.work_or_wake(),
+            false => self.wake(),
+        }
+    }
+
+    #[inline(never)]
+    fn work_or_wake(&self) {
+        // SAFETY: Unpinned below.
+        let processor = unsafe { sys::xbr_pin() };
+        let sleeper = match self.state.borrow(processor) {
+            None => self.state.wake(),
+            Some(loan) => {
+                // SAFETY: By the type invariant `work` is valid, and ours alone until it is given back.
+                let work = unsafe { (*self.work.get()).map(|mut work| work.as_mut()) };
+                let notify = work.is_none_or(|work| work.work());
+                self.state.give_back(loan, notify)
+            }
+        };
+        self.wake_as(sleeper);
+        // SAFETY: Pinned above.
+        unsafe { sys::xbr_unpin() };
+    }
+
+    /// Wakes a sleeper that was in this state.
+    fn wake_as(&self, sleeper: Sleeper) {
         if sleeper == Sleeper::Awake {
             return;
         }
@@ -105,6 +158,29 @@ impl WakeEvent {
             // SAFETY: Callable from any context, with any number.
             Sleeper::Halted(processor) => unsafe { sys::xbr_end_halt(processor) },
         }
+    }
+
+    /// Runs `wait`, which waits here, while `work` is lent to whoever [does it](Self::wake_or_work); `wait` gets what to tell
+    /// the state. Only the sleeper calls this.
+    pub(crate) fn lending<'w, R>(
+        &self,
+        work: Option<&'w mut (dyn WaitingWork + 'w)>,
+        wait: impl FnOnce(Lent<'_>) -> R,
+    ) -> R {
+        let lending = match work {
+            None => Lending::Nothing,
+            Some(work) => {
+                let work: NonNull<dyn WaitingWork + 'w> = work.into();
+                // SAFETY: Only the lifetime changes. The state is neither lent nor borrowed after this function, and `work`
+                // is borrowed as long as this runs.
+                let work: NonNull<dyn WaitingWork> = unsafe { core::mem::transmute(work) };
+                // SAFETY: We are the sleeper, and awake: by the type invariant no other thread looks.
+                // INVARIANT: Nothing is lent yet.
+                unsafe { *self.work.get() = Some(work) };
+                Lending::All
+            }
+        };
+        wait(Lent { event: self, lending })
     }
 
     /// Switches the recording of the time of wake-ups on or off.
@@ -123,6 +199,27 @@ impl WakeEvent {
         self.state.rearm();
     }
 
+    /// Returns true if a wake-up came since [`rearm`](Self::rearm).
+    pub(crate) fn is_notified(&self) -> bool {
+        self.state.is_notified()
+    }
+
+    /// Sleeps until woken; returns at once if a wake-up came since [`rearm`](Self::rearm).
+    ///
+    /// Only one thread may wait here. May sleep.
+    pub(crate) fn wait(&self) {
+        self.lending(None, |lent| lent.wait());
+    }
+}
+
+/// A sleeper that is about to wait, and what it lends meanwhile.
+#[derive(Clone, Copy)]
+pub(crate) struct Lent<'a> {
+    event: &'a WakeEvent,
+    lending: Lending,
+}
+
+impl Lent<'_> {
     /// Waits as [`wait`](Self::wait) does, for a few seconds at most: see [`IDLE_SECONDS`].
     pub(crate) fn wait_for_a_while(&self) {
         // All sleepers of the host wake up in the same tick.
@@ -140,55 +237,51 @@ impl WakeEvent {
     }
 
     fn wait_ticks(&self, ticks: usize) {
-        if self.state.fall_asleep() {
+        let WakeEvent { state, done, .. } = self.event;
+        if state.fall_asleep(self.lending) {
             // SAFETY: `done` was initialised by the constructor.
             let left = unsafe {
-                bindings::wait_for_completion_interruptible_timeout(self.done.get(), ticks)
+                bindings::wait_for_completion_interruptible_timeout(done.get(), ticks)
             };
-            if left <= 0 && !self.state.give_up_sleep() {
-                // A waker has taken the state since, so it completes, or already has.
+            if left <= 0 && !state.give_up_sleep() {
+                // A waker has taken the state since, or a borrower gives it back: it completes, or already has.
                 // SAFETY: As above.
-                unsafe { bindings::wait_for_completion_state(self.done.get(), sys::TASK_IDLE) };
+                unsafe { bindings::wait_for_completion_state(done.get(), sys::TASK_IDLE) };
             }
         }
-        self.rearm();
+        self.event.rearm();
     }
 
     /// Halts the processor as the running task, until an interrupt of any kind. Returns at once if a wake-up came since
-    /// [`rearm`](Self::rearm), or if another task could run on this processor. Returns whether a wake-up came; if so, it
-    /// is forgotten as [`wait`](Self::wait) does.
+    /// [`WakeEvent::rearm`], or if another task could run on this processor. Returns whether a wake-up came; if so, it is
+    /// forgotten as [`wait`](Self::wait) does.
     ///
     /// The scheduler sees a task that runs all this time.
     pub(crate) fn halt(&self) -> bool {
+        let state = &self.event.state;
         // SAFETY: Unpinned below.
         let processor = unsafe { sys::xbr_pin() };
-        if self.state.begin_halt(processor) {
-            // SAFETY: The word lives as long as `self`. Interrupts are on, because only threads call this.
-            unsafe { sys::xbr_halt_while(self.state.word().0.as_ptr(), halted(processor)) };
+        if state.begin_halt(processor, self.lending) {
+            let halted = halted(processor, self.lending);
+            // SAFETY: The word lives as long as the event. Interrupts are on, because only threads call this.
+            unsafe { sys::xbr_halt_while(state.word().0.as_ptr(), halted) };
         }
-        // SAFETY: Pinned above.
+        let is_woken = state.end_halt(processor, self.lending);
+        // SAFETY: Pinned above. The state is not lent any more, so no interrupt here works in our place.
         unsafe { sys::xbr_unpin() };
-        let is_woken = self.state.end_halt(processor);
         if is_woken {
-            self.rearm();
+            self.event.rearm();
         }
         is_woken
     }
 
-    /// Returns true if a wake-up came since [`rearm`](Self::rearm).
-    pub(crate) fn is_notified(&self) -> bool {
-        self.state.is_notified()
-    }
-
-    /// Sleeps until woken; returns at once if a wake-up came since [`rearm`](Self::rearm).
-    ///
-    /// Only one thread may wait here. May sleep.
+    /// Sleeps until woken; returns at once if a wake-up came since [`WakeEvent::rearm`]. May sleep.
     pub(crate) fn wait(&self) {
-        if self.state.fall_asleep() {
-            // SAFETY: `done` was initialised by the constructor. The waker that replaces SLEEPING
+        if self.event.state.fall_asleep(self.lending) {
+            // SAFETY: `done` was initialised by the constructor. The waker that finds the sleeper asleep
             // completes exactly once, so no completion is left over.
-            unsafe { bindings::wait_for_completion_state(self.done.get(), sys::TASK_IDLE) };
+            unsafe { bindings::wait_for_completion_state(self.event.done.get(), sys::TASK_IDLE) };
         }
-        self.rearm();
+        self.event.rearm();
     }
 }

@@ -1,0 +1,53 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+
+//! Completions that find the worker asleep, and answer in its place.
+
+use seeds::Seeds;
+use sim::machine::{MachineFault, MachineSetup};
+use sim::rng::Rng;
+use sim::schedule::run_setup;
+
+/// Returns a guest whose pages stay mapped.
+fn setup(rng: &mut Rng) -> MachineSetup {
+    MachineSetup {
+        map_pages: 512,
+        copy_max_segments: u16::MAX,
+        keeps_grants: true,
+        fifo: rng.percent(50),
+        // A request that fails is left to the worker.
+        bad_sectors: if rng.percent(50) { 40..44 } else { 0..0 },
+        measures: rng.pick(&[0, 0, 3]),
+        ..MachineSetup::default()
+    }
+}
+
+#[test]
+fn every_schedule_is_explained() {
+    let (mut asleep, mut answers) = (0, 0);
+    let mut seeds = Seeds::new(100);
+    for seed in seeds.by_ref() {
+        let mut rng = Rng::new(seed);
+        let outcome = run_setup(setup(&mut rng), &mut rng, None);
+        assert_eq!(outcome.problems, Vec::<String>::new(), "seed {seed}");
+        asleep += outcome.answered_asleep;
+        answers += outcome.answers;
+    }
+    println!("{asleep} of {answers} requests were answered while the worker slept");
+    // A run that exercises nothing proves nothing.
+    assert!(asleep > seeds.given() / 2, "{asleep} of {answers}");
+}
+
+#[test]
+fn a_worker_that_sleeps_on_is_found() {
+    let found = (0..100).filter(|seed| {
+        let mut rng = Rng::new(*seed);
+        let fault = Some(MachineFault::SleepOn);
+        let outcome = run_setup(setup(&mut rng), &mut rng, fault);
+        outcome
+            .problems
+            .iter()
+            .any(|problem| problem.contains("asleep"))
+    });
+    let found = found.count();
+    assert!(found > 5, "{found}");
+}
