@@ -2,7 +2,7 @@
 
 //! A queue's backend, by way of its guest's side and the trace points.
 
-use crate::engine::{Backend, Io, IoKind};
+use crate::engine::{Backend, Io, IoKind, ReapContext};
 use crate::events::DeviceEvents;
 use crate::linux::xen::guest_mapping::GuestMapping;
 use crate::ring::numbers::QueueTag;
@@ -91,8 +91,8 @@ impl<B: Backend> Backend for BlockingBackend<'_, B> {
         self.backend.forget_wake_ups();
     }
 
-    fn reaps_anywhere(&self) -> bool {
-        self.backend.reaps_anywhere()
+    fn reap_context(&self) -> ReapContext {
+        self.backend.reap_context()
     }
 
     fn reap(&mut self, mut done: impl FnMut(QueueTag, ResponseStatus)) {

@@ -5,7 +5,7 @@
 use crate::backing::{BackingDisk, BlockLimits, Drain, QueueBackends, QueueNeeds, QueuePart};
 use crate::connect_error::ConnectError;
 use crate::engine::blocks::BLOCK;
-use crate::engine::{Backend, Io, IoKind, Slice};
+use crate::engine::{Backend, Io, IoKind, ReapContext, Slice};
 use crate::fault_injection;
 use crate::linux::block::bdev::BlockDevice;
 use crate::linux::block::bio::{self, BioDisk, Inflight, Operation, PagePiece};
@@ -137,8 +137,8 @@ impl Backend for Phy {
     }
 
     // Its bios name no storage that would have to be released.
-    fn reaps_anywhere(&self) -> bool {
-        true
+    fn reap_context(&self) -> ReapContext {
+        ReapContext::Any
     }
 
     fn reap(&mut self, mut done: impl FnMut(QueueTag, ResponseStatus)) {

@@ -13,14 +13,14 @@ use crate::blocking_backend::{BlockingBackend, BlockingContext, Detached};
 use crate::connect_error::ConnectError;
 use crate::engine::{
     Backend, BlockGroup, Config, DetachedEngine, Engine, EngineTables, Fetch, Grants, Latencies,
-    Mapping, Pass, PendingRequest, SegmentEntry, Stats, TableShape,
+    Mapping, Pass, PendingRequest, ReapContext, SegmentEntry, Stats, TableShape,
 };
 use crate::events::DeviceEvents;
 use crate::halt::HaltEstimator;
 use crate::idle_reclaim::IdleReclaim;
 use crate::linux::memory::vectors::filled;
 use crate::linux::task::kthread::{Runner, Thread};
-use crate::linux::task::wake_event::{Lent, WaitingWork, WakeEvent};
+use crate::linux::task::wake_event::{Lending, Lent, WaitingWork, WakeEvent};
 use crate::linux::trace;
 use crate::linux::xen::device::XenDevice;
 use crate::linux::xen::evtchn::{Activity, EventChannel};
@@ -288,6 +288,14 @@ fn sleep(lent: Lent<'_>, pause: Option<u64>, looks: bool) {
     }
 }
 
+fn lending(context: ReapContext) -> Lending {
+    match context {
+        ReapContext::Thread => Lending::Nothing,
+        ReapContext::Task => Lending::ToTasks,
+        ReapContext::Any => Lending::ToAll,
+    }
+}
+
 /// An engine that is lent while the thread waits.
 struct LentEngine<'s, 'e, 'a, D, G, B> {
     server: &'s Serving<'a, D>,
@@ -297,14 +305,14 @@ struct LentEngine<'s, 'e, 'a, D, G, B> {
 }
 
 impl<D: QueueBackends, G: Grants, B: Backend> LentEngine<'_, '_, '_, D, G, B> {
-    /// Runs `wait`, in which the thread waits, and lends the engine meanwhile if that is possible.
-    fn while_lent<T>(&mut self, wait: impl FnOnce(Lent<'_>) -> T) -> T {
-        let server = self.server;
-        let work = match self.engine.can_lend() {
-            true => Some(self as &mut dyn WaitingWork),
-            false => None,
+    /// Runs `wait`, in which the thread waits, and lends the engine meanwhile if the ring is served and that is possible.
+    fn while_lent<T>(&mut self, serves: bool, wait: impl FnOnce(Lent<'_>) -> T) -> T {
+        let wake_event = &self.server.around.control.wake_event;
+        let lending = match serves {
+            true => lending(self.engine.can_lend()),
+            false => Lending::Nothing,
         };
-        server.around.control.wake_event.lending(work, wait)
+        wake_event.lending(self, lending, wait)
     }
 }
 
@@ -609,12 +617,14 @@ impl<'a, D: QueueBackends> Serving<'a, D> {
             self.end_event(broken, &mut active);
             let serves = pause.is_none() && command == QueueCommand::Serve;
             let in_flight = engine.in_flight();
+            let lends_to_tasks = engine.can_lend() == ReapContext::Task;
             let mut work = LentEngine {
                 server: self,
                 engine,
                 calls: 0,
             };
-            if serves && work.while_lent(|lent| halts.wait(lent, start)) {
+            let halts_here = serves && !lends_to_tasks;
+            if halts_here && work.while_lent(true, |lent| halts.wait(lent, start)) {
                 self.show_rarely(work.engine, &mut hidden);
                 // The thread may never sleep.
                 cond_resched();
@@ -622,10 +632,7 @@ impl<'a, D: QueueBackends> Serving<'a, D> {
                 let borrows = reclaim.before_sleep(work.engine, start);
                 self.show(work.engine);
                 let looks = borrows || !serves || self.around.leads;
-                match serves {
-                    true => work.while_lent(|lent| sleep(lent, pause, looks)),
-                    false => wake_event.lending(None, |lent| sleep(lent, pause, looks)),
-                }
+                work.while_lent(serves, |lent| sleep(lent, pause, looks));
             }
             let calls = work.calls;
             engine.woken(wake_event.woken_ns());
@@ -693,6 +700,10 @@ impl<'a, D: QueueBackends> Serving<'a, D> {
             return false;
         }
         let (wake_event, in_flight) = (&self.around.control.wake_event, engine.in_flight());
+        // The process's task answers meanwhile; a thread that polls would keep it from that.
+        if engine.can_lend() == ReapContext::Task {
+            return engine.must_stay_awake();
+        }
         if pollers.wait(in_flight, || {
             wake_event.is_notified() || engine.has_requests()
         }) {

@@ -6,7 +6,7 @@ use super::disk::{DiskInner, QueueSignal, TapDisk, BATCH};
 use super::passthrough::{Executor, MappedAt};
 use super::queue_slice::QueueSlice;
 use crate::engine::segments::Segments;
-use crate::engine::{Backend, Io, IoKind};
+use crate::engine::{Backend, Io, IoKind, ReapContext};
 use crate::linux::memory::data::DataPages;
 use crate::linux::memory::vectors::push;
 use crate::linux::monotonic_ns;
@@ -244,9 +244,19 @@ impl Backend for TapQueue {
             .is_none_or(|executor| !executor.has_begun())
     }
 
-    fn reap(&mut self, mut done: impl FnMut(QueueTag, ResponseStatus)) {
-        // Before it looks for results: see `WakeEvent::rearm`.
+    fn forget_wake_ups(&mut self) {
         self.share.wake_event.rearm();
+    }
+
+    fn reap_context(&self) -> ReapContext {
+        // What the queue executes itself ends in interrupts, which wake the thread.
+        match self.executor {
+            None => ReapContext::Task,
+            Some(_) => ReapContext::Thread,
+        }
+    }
+
+    fn reap(&mut self, mut done: impl FnMut(QueueTag, ResponseStatus)) {
         while let Some(tag) = self.rejected.pop() {
             done(tag, ResponseStatus::Error);
         }

@@ -106,6 +106,13 @@ impl QueueSignal {
         self.wake_event.wake();
     }
 
+    /// Tells the queue that it has something to reap, or reaps it in its place if the queue's thread sleeps. The disk is not
+    /// locked. May sleep.
+    pub(super) fn tell_or_reap(&self) {
+        self.done.store(true, Release);
+        self.wake_event.wake_or_work_as_task();
+    }
+
     /// Tells the queue that it can begin a request that waited.
     fn tell_resumable(&self) {
         self.resumable.store(true, Release);
@@ -364,6 +371,14 @@ impl DiskInner {
                 share.tell();
             }
         }
+    }
+
+    /// Returns what the first queue of those whose bits are set shares, and takes its bit.
+    pub(super) fn next_share(&self, queues: &mut u64) -> Option<Arc<QueueSignal>> {
+        // CAST: at most 64.
+        let queue = queues.trailing_zeros() as usize;
+        *queues &= queues.wrapping_sub(1);
+        self.shares.get(queue)?.clone()
     }
 
     /// Tells queues with requests that can begin now.

@@ -87,11 +87,22 @@ impl TapDisk {
                 Committed::Returned | Committed::Refused => {}
             }
         }
-        inner.tell(queues);
         inner.tell_released(released);
         // Requests that waited for one of these may be ready now.
         self.announce(&mut inner);
+        drop(inner);
+        self.answer(queues);
         result
+    }
+
+    /// Answers what was committed of these queues, one for each bit, or leaves that to the threads of those that are awake.
+    fn answer(&self, mut queues: u64) {
+        while queues != 0 {
+            let share = self.inner.lock().next_share(&mut queues);
+            if let Some(share) = share {
+                share.tell_or_reap();
+            }
+        }
     }
 
     /// Hands out requests for as many tags as `to` has room for, and returns their number. If `waits`, a process that

@@ -88,6 +88,17 @@ impl Io<'_> {
     }
 }
 
+/// Where completions may be collected while the queue's thread waits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ReapContext {
+    /// By the thread alone.
+    Thread,
+    /// By any task.
+    Task,
+    /// In any context, interrupts included.
+    Any,
+}
+
 /// The part that carries out the I/O of a disk.
 pub trait Backend {
     /// Starts every I/O of the batch, in order; there are `count` of them. May sleep.
@@ -124,9 +135,9 @@ pub trait Backend {
     /// Yields the completions that came since the last call, in any order. Does not sleep.
     fn reap(&mut self, done: impl FnMut(QueueTag, ResponseStatus));
 
-    /// Reports whether [`reap`](Self::reap) and [`now`](Self::now) may be called in any context, interrupts included.
-    fn reaps_anywhere(&self) -> bool {
-        false
+    /// Returns where [`reap`](Self::reap) and [`now`](Self::now) may be called, if not by the queue's thread.
+    fn reap_context(&self) -> ReapContext {
+        ReapContext::Thread
     }
 
     /// Reports whether requests of this kind are served best from mapped pages that the guest keeps granted.
@@ -205,8 +216,8 @@ impl<B: Backend> Backend for &mut B {
     }
 
     #[inline]
-    fn reaps_anywhere(&self) -> bool {
-        (**self).reaps_anywhere()
+    fn reap_context(&self) -> ReapContext {
+        (**self).reap_context()
     }
 
     #[inline]

@@ -3,10 +3,11 @@
 //! An engine that its thread lends while it waits: a completion of I/O answers its request in the context in which it comes,
 //! and the thread sleeps on.
 //!
-//! That works for requests of which nothing is left to do but the answer, and only while the thread does not wait for a
-//! completion to do something else. All other completions wake the thread.
+//! In an interrupt that works for requests of which nothing is left to do but the answer. The task of a process that has
+//! executed a request may also copy its data to the guest. Both work only while the thread does not wait for a completion to
+//! do something else. All other completions wake the thread.
 
-use crate::engine::backend::Backend;
+use crate::engine::backend::{Backend, ReapContext};
 use crate::engine::state::Engine;
 use crate::ring::grants::Grants;
 use crate::ring::shared_ring::SharedRing;
@@ -24,29 +25,41 @@ pub struct Answers {
 }
 
 impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
-    /// Reports whether [`answer_completed`](Self::answer_completed) may be called while the thread waits. The thread has
-    /// armed the frontend's event, since it could take requests.
-    pub fn can_lend(&self) -> bool {
+    /// Returns where [`answer_completed`](Self::answer_completed) may be called while the thread waits. The thread has armed
+    /// the frontend's event, since it could take requests.
+    pub fn can_lend(&self) -> ReapContext {
         let requests = &self.requests;
-        self.backend.reaps_anywhere()
-            && requests.used() > 0
+        let may_lend = requests.used() > 0
             && self.can_take()
             && requests.taken.is_empty()
             && requests.completed.is_empty()
             && requests.held.is_empty()
             && !self.transfers.mappings.any_goes()
-            && !self.latencies.is_on()
+            && !self.latencies.is_on();
+        match may_lend {
+            true => self.backend.reap_context(),
+            false => ReapContext::Thread,
+        }
     }
 
-    /// Answers what has completed, in place of the thread. Neither sleeps nor calls the hypervisor, and no more is done than
-    /// there are slots in the ring.
+    /// Answers what has completed, in place of the thread. No more is done than there are slots in the ring. Neither sleeps
+    /// nor calls the hypervisor if the backend is reaped in any context; then a request of which more is to be done than
+    /// to answer it is left to the thread.
     pub fn answer_completed(&mut self) -> Answers {
         self.clock.begin();
         self.collect();
-        let answered = self.answer_at_once();
+        let answered = match self.backend.reap_context() {
+            ReapContext::Any => self.answer_at_once(),
+            ReapContext::Task | ReapContext::Thread => self.respond(),
+        };
+        let requests = &self.requests;
+        let rest = self.ring.is_gone()
+            || !requests.completed.is_empty()
+            || !requests.taken.is_empty()
+            || !requests.held.is_empty();
         Answers {
             notify: answered > 0 && self.publish(),
-            rest: self.ring.is_gone() || !self.requests.completed.is_empty(),
+            rest,
             answered,
         }
     }

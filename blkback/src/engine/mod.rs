@@ -40,7 +40,7 @@ pub mod timing;
 mod transfers;
 
 pub use crate::ring::grants::Grants;
-pub use backend::{Backend, Io, IoKind};
+pub use backend::{Backend, Io, IoKind, ReapContext};
 pub use blocks::BlockGroup;
 pub use detached::DetachedEngine;
 pub use mappings::Mapping;

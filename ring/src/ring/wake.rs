@@ -31,6 +31,8 @@ const SLEEPING: u32 = 2;
 const LENDING: u32 = 3;
 /// A borrower has it. The sleeper sleeps, or has halted the borrower's own processor.
 const BORROWED: u32 = 4;
+/// The sleeper sleeps, and lends what it has to tasks only.
+const LENDING_TO_TASKS: u32 = 5;
 /// The sleeper has halted the processor whose number is added to this, and lends nothing.
 const HALTED: u32 = 8;
 /// Added if it lends what it has to interrupts of that processor.
@@ -52,8 +54,10 @@ pub enum Sleeper {
 pub enum Lending {
     /// All wake-ups are for the sleeper itself.
     Nothing,
-    /// A borrower may work in its place.
-    All,
+    /// A task may work in its place while it sleeps.
+    ToTasks,
+    /// Tasks and interrupts may.
+    ToAll,
 }
 
 /// The right to work in place of a sleeper that waits. Give it back with [`WakeState::give_back`].
@@ -85,7 +89,7 @@ impl<W: StateWord> WakeState<W> {
         match self.0.exchange(NOTIFIED) {
             // A borrower finds the notice when it gives back, and wakes the sleeper then.
             RUNNING | NOTIFIED | BORROWED => Sleeper::Awake,
-            SLEEPING | LENDING => Sleeper::Asleep,
+            SLEEPING | LENDING | LENDING_TO_TASKS => Sleeper::Asleep,
             halted => Sleeper::Halted((halted & !LENDS).wrapping_sub(HALTED)),
         }
     }
@@ -104,8 +108,15 @@ impl<W: StateWord> WakeState<W> {
         let from = self.0.load();
         // The sleeper does not leave the processor that it has halted, so the caller is an interrupt there, and the sleeper
         // executes nothing until that has ended.
-        let is_lent = from == LENDING || from == halted(processor, Lending::All);
+        let is_lent = from == LENDING || from == halted(processor, Lending::ToAll);
         (is_lent && self.0.replace(from, BORROWED)).then_some(Loan { from })
+    }
+
+    /// Borrows what a sleeper lends to tasks. The caller is one, and may itself sleep before it gives that back.
+    #[inline]
+    pub fn borrow_as_task(&self) -> Option<Loan> {
+        let from = self.0.load();
+        (from == LENDING_TO_TASKS && self.0.replace(from, BORROWED)).then_some(Loan { from })
     }
 
     /// Gives a loan back; `notify` is true if the sleeper has to look itself. Returns what the caller has to do, as
@@ -118,7 +129,7 @@ impl<W: StateWord> WakeState<W> {
         // Wakers that have come meanwhile have left the sleeper to the borrower.
         self.0.exchange(NOTIFIED);
         match loan.from {
-            LENDING => Sleeper::Asleep,
+            LENDING | LENDING_TO_TASKS => Sleeper::Asleep,
             // The interrupt that the borrower is part of has ended the halt.
             _ => Sleeper::Awake,
         }
@@ -145,7 +156,8 @@ impl<W: StateWord> WakeState<W> {
     pub fn fall_asleep(&self, lending: Lending) -> bool {
         let asleep = match lending {
             Lending::Nothing => SLEEPING,
-            Lending::All => LENDING,
+            Lending::ToTasks => LENDING_TO_TASKS,
+            Lending::ToAll => LENDING,
         };
         self.0.replace(RUNNING, asleep)
     }
@@ -154,7 +166,10 @@ impl<W: StateWord> WakeState<W> {
     /// its place: then it is woken soon. Counts as a wake-up.
     #[inline]
     pub fn give_up_sleep(&self) -> bool {
-        matches!(self.0.exchange(NOTIFIED), SLEEPING | LENDING)
+        matches!(
+            self.0.exchange(NOTIFIED),
+            SLEEPING | LENDING | LENDING_TO_TASKS
+        )
     }
 
     /// The sleeper is about to halt its processor, which it must not leave until [`end_halt`](Self::end_halt). Returns
@@ -179,7 +194,8 @@ impl<W: StateWord> WakeState<W> {
 pub const fn halted(processor: u32, lending: Lending) -> u32 {
     let halted = HALTED.wrapping_add(processor);
     match lending {
-        Lending::Nothing => halted,
-        Lending::All => halted | LENDS,
+        // A task on this processor would preempt the sleeper.
+        Lending::Nothing | Lending::ToTasks => halted,
+        Lending::ToAll => halted | LENDS,
     }
 }

@@ -7,7 +7,7 @@ use loom::cell::UnsafeCell;
 use loom::sync::atomic::{fence, AtomicU32, Ordering};
 use loom::sync::{Arc, Mutex};
 use loom::thread::{self, JoinHandle};
-use ring::wake::{halted, Lending, Sleeper, StateWord, WakeState};
+use ring::wake::{halted, Lending, Loan, Sleeper, StateWord, WakeState};
 
 /// Parts of the protocol that are left out, to show that the model finds the fault.
 #[derive(Clone, Copy, Default, PartialEq, Eq)]
@@ -114,14 +114,25 @@ impl LendModel {
         }
     }
 
-    /// Completes I/Os on `processor`.
+    /// Completes I/Os in an interrupt of `processor`.
     fn complete_on(&self, processor: u32, count: u32) {
         self.complete.fetch_add(count, Ordering::Relaxed);
         let as_if = match self.planted {
             Planted::AnyProcessor => OWN,
             _ => processor,
         };
-        let sleeper = match self.state.borrow(as_if) {
+        self.work_on(self.state.borrow(as_if));
+    }
+
+    /// Completes an I/O in a task.
+    fn complete_as_task(&self) {
+        self.complete.fetch_add(1, Ordering::Relaxed);
+        self.work_on(self.state.borrow_as_task());
+    }
+
+    /// Does the sleeper's work with a loan, or wakes it.
+    fn work_on(&self, loan: Option<Loan>) {
+        let sleeper = match loan {
             Some(loan) => {
                 self.collect();
                 let sleeper = self.state.give_back(loan, false);
@@ -157,21 +168,21 @@ impl LendModel {
     }
 
     fn halt(&self, others: &mut Others) {
-        if self.state.begin_halt(OWN, Lending::All) {
+        if self.state.begin_halt(OWN, Lending::ToAll) {
             self.take_interrupt();
             self.processor.lock().unwrap().interrupts_off = true;
-            if self.state.word().0.load(Ordering::Relaxed) == halted(OWN, Lending::All) {
+            if self.state.word().0.load(Ordering::Relaxed) == halted(OWN, Lending::ToAll) {
                 others.block(|| self.processor.lock().unwrap().waits.is_some());
             }
             self.processor.lock().unwrap().interrupts_off = false;
             self.take_interrupt();
         }
-        self.state.end_halt(OWN, Lending::All);
+        self.state.end_halt(OWN, Lending::ToAll);
     }
 
     /// Sleeps; the limit in time is over at once if `limited`.
-    fn sleep(&self, others: &mut Others, limited: bool) {
-        if !self.state.fall_asleep(Lending::All) {
+    fn sleep(&self, others: &mut Others, lending: Lending, limited: bool) {
+        if !self.state.fall_asleep(lending) {
             return;
         }
         if limited && self.state.give_up_sleep() {
@@ -200,12 +211,16 @@ impl Others {
 type Wait = fn(&LendModel, &mut Others, first: bool);
 
 fn sleeps(model: &LendModel, others: &mut Others, _first: bool) {
-    model.sleep(others, false);
+    model.sleep(others, Lending::ToAll, false);
 }
 
 /// The first sleep ends by its limit, whatever the others do.
 fn sleeps_once_limited(model: &LendModel, others: &mut Others, first: bool) {
-    model.sleep(others, first);
+    model.sleep(others, Lending::ToAll, first);
+}
+
+fn sleeps_beside_tasks(model: &LendModel, others: &mut Others, first: bool) {
+    model.sleep(others, Lending::ToTasks, first);
 }
 
 fn halts(model: &LendModel, others: &mut Others, _first: bool) {
@@ -280,6 +295,18 @@ fn completions_work_in_place_of_a_thread_that_sleeps() {
 #[test]
 fn a_sleep_that_ends_by_its_limit_waits_for_the_borrower() {
     run(Planted::None, sleeps_once_limited, [elsewhere, elsewhere]);
+}
+
+#[test]
+fn tasks_work_in_place_of_a_thread_that_sleeps() {
+    let task = LendModel::complete_as_task;
+    run(Planted::None, sleeps_beside_tasks, [task, task]);
+}
+
+#[test]
+fn an_interrupt_takes_nothing_that_is_lent_to_tasks() {
+    let task = LendModel::complete_as_task;
+    run(Planted::None, sleeps_beside_tasks, [elsewhere, task]);
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 //! The engine's port to the disk: I/Os that the engine submits, and that the disk completes or gives back.
 
-use blkback::engine::{Backend, Io, IoKind};
+use blkback::engine::{Backend, Io, IoKind, ReapContext};
 use ring::numbers::QueueTag;
 use ring::response::ResponseStatus;
 
@@ -89,8 +89,12 @@ impl Backend for FakeDisk {
         }
     }
 
-    fn reaps_anywhere(&self) -> bool {
-        true
+    fn reap_context(&self) -> ReapContext {
+        // I/O that is given back is for the worker.
+        match self.machine.borrow().setup.gives_back {
+            0 => ReapContext::Any,
+            _ => ReapContext::Thread,
+        }
     }
 
     fn prefers_mapped(&self, _kind: IoKind) -> bool {

@@ -8,7 +8,7 @@
 use std::collections::BTreeMap;
 
 use blkback::engine::segments::Slice;
-use blkback::engine::{Backend, Io, IoKind};
+use blkback::engine::{Backend, Io, IoKind, ReapContext};
 use ring::abi::PAGE_SIZE;
 use ring::numbers::{DiskTag, QueueTag};
 use ring::response::ResponseStatus;
@@ -448,6 +448,10 @@ impl Backend for TapBackend {
             m.post_io(&io);
         }
         m.wake_process();
+    }
+
+    fn reap_context(&self) -> ReapContext {
+        ReapContext::Task
     }
 
     fn reap(&mut self, mut done: impl FnMut(QueueTag, ResponseStatus)) {

@@ -7,7 +7,7 @@ use std::rc::Rc;
 
 use blkback::engine::{
     Backend, BlockGroup, Config, Engine, EngineTables, Fetch, Latencies, Mapping, Pass,
-    PendingRequest, SegmentEntry, Stats, TableShape,
+    PendingRequest, ReapContext, SegmentEntry, Stats, TableShape,
 };
 use ring::abi::{REQ_PROD, RSP_EVENT, RSP_PROD};
 use ring::index::BackRing;
@@ -376,12 +376,10 @@ impl<'a, B: Backend> EngineWorld<'a, B> {
 
     /// Lets completions that find the worker asleep answer in its place, sometimes. Returns true if they did.
     fn completion_answers(&mut self) -> bool {
-        let can_lend = self.engine.can_lend();
+        let context = self.engine.can_lend();
         let before = {
             let mut m = self.machine.borrow_mut();
-            // I/O that was given back is for the worker.
-            let is_complete = m.disk.wake && m.disk.back.is_empty();
-            if !is_complete || !can_lend || m.rng.percent(30) {
+            if !m.disk.wake || context == ReapContext::Thread || m.rng.percent(40) {
                 return false;
             }
             m.disk.wake = false;
@@ -394,7 +392,9 @@ impl<'a, B: Backend> EngineWorld<'a, B> {
         let mut m = self.machine.borrow_mut();
         m.answered_asleep += u64::from(answers.answered);
         let now = m.accesses;
-        if (now.slots, now.copies, now.maps) != (before.slots, before.copies, before.maps) {
+        let is_more =
+            (now.slots, now.copies, now.maps) != (before.slots, before.copies, before.maps);
+        if context == ReapContext::Any && is_more {
             m.problem("a completion did more than answer".into());
         }
         self.awake = answers.rest && !m.commit(MachineFault::SleepOn);

@@ -49,5 +49,5 @@ fn a_worker_that_sleeps_on_is_found() {
             .any(|problem| problem.contains("asleep"))
     });
     let found = found.count();
-    assert!(found > 5, "{found}");
+    assert!(found > 2, "{found}");
 }

@@ -73,7 +73,7 @@ fn h1_a_write_that_was_sent_over_a_network_is_found() {
     let plan = ProcessPlan {
         moment: Moment::Running,
         sessions: 100,
-        sectors: Some(16),
+        sectors: Some(12),
         ..plan()
     };
     let words = ["which no order of the writes explains"];

@@ -17,7 +17,8 @@
 use crate::linux::monotonic_ns;
 use crate::linux::sys;
 use crate::linux::versions;
-use crate::ring::wake::{halted, Lending, Sleeper, StateWord, WakeState};
+use crate::ring::wake::{halted, Loan, Sleeper, StateWord, WakeState};
+pub(crate) use crate::ring::wake::Lending;
 use core::cell::UnsafeCell;
 use core::ptr::NonNull;
 use kernel::bindings;
@@ -60,8 +61,8 @@ impl StateWord for Word {
 
 /// What a thread lends while it waits. It uses nothing that belongs to a processor or to the thread as a task.
 pub(crate) trait WaitingWork {
-    /// Does what has come since, in place of the thread. Returns true if the thread has to look itself. Runs in any context,
-    /// interrupts included, without preemption: it must not sleep, and its work has a bound.
+    /// Does what has come since, in place of the thread. Returns true if the thread has to look itself. Its work has a bound.
+    /// What is lent to tasks may sleep here; what is lent to all runs in any context, interrupts included.
     fn work(&mut self) -> bool;
 }
 
@@ -127,7 +128,20 @@ impl WakeEvent {
     fn work_or_wake(&self) {
         // SAFETY: Unpinned below.
         let processor = unsafe { sys::xbr_pin() };
-        let sleeper = match self.state.borrow(processor) {
+        let loan = self.state.borrow(processor);
+        self.work_on(loan);
+        // SAFETY: Pinned above.
+        unsafe { sys::xbr_unpin() };
+    }
+
+    /// Does the sleeper's work in its place if it sleeps and lends that to tasks, or wakes it. May sleep if the work does.
+    pub(crate) fn wake_or_work_as_task(&self) {
+        self.work_on(self.state.borrow_as_task());
+    }
+
+    /// Does the sleeper's work with a loan, or wakes the sleeper.
+    fn work_on(&self, loan: Option<Loan>) {
+        let sleeper = match loan {
             None => self.state.wake(),
             Some(loan) => {
                 // SAFETY: By the type invariant `work` is valid, and ours alone until it is given back.
@@ -137,8 +151,6 @@ impl WakeEvent {
             }
         };
         self.wake_as(sleeper);
-        // SAFETY: Pinned above.
-        unsafe { sys::xbr_unpin() };
     }
 
     /// Wakes a sleeper that was in this state.
@@ -160,27 +172,22 @@ impl WakeEvent {
         }
     }
 
-    /// Runs `wait`, which waits here, while `work` is lent to whoever [does it](Self::wake_or_work); `wait` gets what to tell
-    /// the state. Only the sleeper calls this.
+    /// Runs `wait`, which waits here, while `work` is lent as `lending` says. Only the sleeper calls this.
     pub(crate) fn lending<'w, R>(
         &self,
-        work: Option<&'w mut (dyn WaitingWork + 'w)>,
+        work: &'w mut (dyn WaitingWork + 'w),
+        lending: Lending,
         wait: impl FnOnce(Lent<'_>) -> R,
     ) -> R {
-        let lending = match work {
-            None => Lending::Nothing,
-            Some(work) => {
-                let work: NonNull<dyn WaitingWork + 'w> = work.into();
-                // SAFETY: Only the lifetime changes. The state is neither lent nor borrowed after this function, and `work`
-                // is borrowed as long as this runs.
-                let work: NonNull<dyn WaitingWork> = unsafe { core::mem::transmute(work) };
-                // SAFETY: We are the sleeper, and awake: by the type invariant no other thread looks.
-                // INVARIANT: Nothing is lent yet.
-                unsafe { *self.work.get() = Some(work) };
-                Lending::All
-            }
-        };
-        wait(Lent { event: self, lending })
+        let work: NonNull<dyn WaitingWork + 'w> = work.into();
+        // SAFETY: Only the lifetime changes. The state is neither lent nor borrowed after this function, and `work` is borrowed
+        // as long as this runs.
+        let work: NonNull<dyn WaitingWork> = unsafe { core::mem::transmute(work) };
+        // SAFETY: We are the sleeper, and awake: by the type invariant no other thread looks.
+        // INVARIANT: Nothing is lent yet.
+        unsafe { *self.work.get() = Some(work) };
+        let event = self;
+        wait(Lent { event, lending })
     }
 
     /// Switches the recording of the time of wake-ups on or off.
@@ -208,7 +215,11 @@ impl WakeEvent {
     ///
     /// Only one thread may wait here. May sleep.
     pub(crate) fn wait(&self) {
-        self.lending(None, |lent| lent.wait());
+        let lent = Lent {
+            event: self,
+            lending: Lending::Nothing,
+        };
+        lent.wait();
     }
 }
 
