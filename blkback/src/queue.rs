@@ -126,6 +126,10 @@ pub(crate) struct QueueSetup<'a, D> {
 /// Number of passes in a row of which one publishes the counters; so does each before a sleep.
 const HIDDEN: u8 = 16;
 
+/// Most requests in flight with which a thread lends its engine while it halts the processor. With more of them, completions
+/// gather while the thread, which need not be switched to, answers the first one; interrupts would answer each by itself.
+const LENT_IN_HALT: u16 = 8;
+
 /// Pause before pages that storage holds are looked at once more; each pause in a row is longer by as much.
 const HELD_NS: u64 = 5_000_000;
 /// The longest of these pauses, in multiples of the first one.
@@ -305,10 +309,10 @@ struct LentEngine<'s, 'e, 'a, D, G, B> {
 }
 
 impl<D: QueueBackends, G: Grants, B: Backend> LentEngine<'_, '_, '_, D, G, B> {
-    /// Runs `wait`, in which the thread waits, and lends the engine meanwhile if the ring is served and that is possible.
-    fn while_lent<T>(&mut self, serves: bool, wait: impl FnOnce(Lent<'_>) -> T) -> T {
+    /// Runs `wait`, in which the thread waits, and lends the engine meanwhile if `lends` and that is possible.
+    fn while_lent<T>(&mut self, lends: bool, wait: impl FnOnce(Lent<'_>) -> T) -> T {
         let wake_event = &self.server.around.control.wake_event;
-        let lending = match serves {
+        let lending = match lends {
             true => lending(self.engine.can_lend()),
             false => Lending::Nothing,
         };
@@ -624,7 +628,8 @@ impl<'a, D: QueueBackends> Serving<'a, D> {
                 calls: 0,
             };
             let halts_here = serves && !lends_to_tasks;
-            if halts_here && work.while_lent(true, |lent| halts.wait(lent, start)) {
+            let lends = in_flight <= LENT_IN_HALT;
+            if halts_here && work.while_lent(lends, |lent| halts.wait(lent, start)) {
                 self.show_rarely(work.engine, &mut hidden);
                 // The thread may never sleep.
                 cond_resched();

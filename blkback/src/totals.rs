@@ -9,6 +9,7 @@ use crate::engine::timing::latency::{ROWS, STEPS};
 use crate::engine::{Latencies, QueueLoad, Stats, Times};
 use crate::linux::memory::vectors::{filled, push};
 use crate::linux::monotonic_ns;
+use core::sync::atomic::{AtomicU64, Ordering};
 use kernel::prelude::*;
 use kernel::str::CString;
 use kernel::sync::atomic::{ordering::Relaxed, Atomic, AtomicFlag};
@@ -76,14 +77,32 @@ fn values(stats: &Stats) -> [u64; COUNTERS] {
     ]
 }
 
-/// Counters and present state of one queue; only its thread writes them.
+/// A value that its queue shows. Not one of the kernel's atomics, each access to which is a call of a function: all are
+/// written before each sleep, and they order no other memory.
+struct ShownValue(AtomicU64);
+
+impl ShownValue {
+    const ZERO: Self = Self(AtomicU64::new(0));
+
+    #[inline]
+    fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+
+    #[inline]
+    fn set(&self, value: u64) {
+        self.0.store(value, Ordering::Relaxed);
+    }
+}
+
+/// Counters and present state of one queue; only its thread writes them, or a borrower in its place.
 struct Counters {
-    counters: [Atomic<u64>; COUNTERS],
-    in_flight: Atomic<u64>,
+    counters: [ShownValue; COUNTERS],
+    in_flight: ShownValue,
     /// When the disk got the oldest request in flight, in nanoseconds; 0 if the disk has none.
-    oldest: Atomic<u64>,
+    oldest: ShownValue,
     /// Pages of the guest that stay mapped.
-    kept: Atomic<u64>,
+    kept: ShownValue,
     /// Requests for which its ring has room.
     slots: u16,
     /// By operation and span, then by step.
@@ -98,10 +117,10 @@ impl Counters {
             push(&mut latencies, Atomic::new(0))?;
         }
         Ok(Self {
-            counters: [const { Atomic::new(0) }; COUNTERS],
-            in_flight: Atomic::new(0),
-            oldest: Atomic::new(0),
-            kept: Atomic::new(0),
+            counters: [const { ShownValue::ZERO }; COUNTERS],
+            in_flight: ShownValue::ZERO,
+            oldest: ShownValue::ZERO,
+            kept: ShownValue::ZERO,
             slots,
             latencies,
         })
@@ -129,21 +148,21 @@ pub(crate) struct QueueView {
 impl Counters {
     fn value(&self, index: u32) -> u64 {
         let counter = self.counters.get(index as usize);
-        counter.map_or(0, |counter| counter.load(Relaxed))
+        counter.map_or(0, ShownValue::get)
     }
 
     fn view(&self) -> QueueView {
-        let oldest = self.oldest.load(Relaxed);
+        let oldest = self.oldest.get();
         let waits = |start| monotonic_ns().saturating_sub(start);
         QueueView {
             asked: [READS, WRITES, FLUSHES, DISCARDS].map(|index| self.value(index)),
             passes: self.value(PASSES),
             ring_full: self.value(RING_FULL),
             notified: self.value(NOTIFIED),
-            in_flight: self.in_flight.load(Relaxed),
+            in_flight: self.in_flight.get(),
             oldest_ns: if oldest == 0 { 0 } else { waits(oldest) },
             page_wait_ns: self.value(PAGE_WAIT),
-            kept: self.kept.load(Relaxed),
+            kept: self.kept.get(),
         }
     }
 }
@@ -282,7 +301,7 @@ impl Totals {
     pub(crate) fn value(&self, index: u32) -> u64 {
         let index = index as usize;
         let queues = self.queues.lock();
-        let sum = |sum: u64, counter: &Atomic<u64>| sum.wrapping_add(counter.load(Relaxed));
+        let sum = |sum: u64, counter: &ShownValue| sum.wrapping_add(counter.get());
         let now = queues.now.iter();
         match (queues.past.get(index), index) {
             (Some(past), _) => now
@@ -296,7 +315,7 @@ impl Totals {
             (None, RING_SLOTS) => now.fold(0, |sum, queue| sum.wrapping_add(queue.slots.into())),
             (None, IN_FLIGHT) => now.map(|queue| &queue.in_flight).fold(0, sum),
             (None, OLDEST_NS) => {
-                let starts = now.map(|queue| queue.oldest.load(Relaxed));
+                let starts = now.map(|queue| queue.oldest.get());
                 let oldest = starts.filter(|start| *start != 0).min();
                 oldest.map_or(0, |start| monotonic_ns().saturating_sub(start))
             }
@@ -327,11 +346,11 @@ impl QueueTally {
     pub(crate) fn show(&self, stats: &Stats, flight: QueueLoad) {
         let shown = &*self.counters;
         for (counter, now) in shown.counters.iter().zip(values(stats)) {
-            counter.store(now, Relaxed);
+            counter.set(now);
         }
-        shown.in_flight.store(flight.requests.into(), Relaxed);
-        shown.oldest.store(flight.oldest.unwrap_or(0), Relaxed);
-        shown.kept.store(flight.kept.into(), Relaxed);
+        shown.in_flight.set(flight.requests.into());
+        shown.oldest.set(flight.oldest.unwrap_or(0));
+        shown.kept.set(flight.kept.into());
     }
 
     /// Shows what answers change while the queue's thread waits: the thread does not show it before it wakes.
@@ -348,11 +367,11 @@ impl QueueTally {
         ];
         for (index, now) in changed {
             if let Some(counter) = shown.counters.get(index as usize) {
-                counter.store(now, Relaxed);
+                counter.set(now);
             }
         }
-        shown.in_flight.store(flight.requests.into(), Relaxed);
-        shown.oldest.store(flight.oldest.unwrap_or(0), Relaxed);
+        shown.in_flight.set(flight.requests.into());
+        shown.oldest.set(flight.oldest.unwrap_or(0));
     }
 
     /// Returns the place where the queue shows an I/O that begins.
@@ -392,9 +411,9 @@ impl Begun {
     /// more until it wakes.
     #[inline]
     pub(crate) fn show(&self, since: u64) {
-        if self.0.oldest.load(Relaxed) == 0 {
-            self.0.oldest.store(since, Relaxed);
-            self.0.in_flight.store(1, Relaxed);
+        if self.0.oldest.get() == 0 {
+            self.0.oldest.set(since);
+            self.0.in_flight.set(1);
         }
     }
 }
@@ -407,7 +426,7 @@ impl Drop for QueueTally {
         let place = (0..queues.now.len()).find(|at| queues.now.get(*at).is_some_and(ours));
         let _removed = place.map(|at| queues.now.remove(at));
         for (past, counter) in queues.past.iter_mut().zip(&self.counters.counters) {
-            *past = past.wrapping_add(counter.load(Relaxed));
+            *past = past.wrapping_add(counter.get());
         }
         let latencies = self.counters.latencies.iter();
         for (past, counter) in queues.past_latencies.iter_mut().zip(latencies) {

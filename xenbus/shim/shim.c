@@ -276,6 +276,16 @@ void xbr_yield_processor(void)
 	HYPERVISOR_sched_op(SCHEDOP_yield, NULL);
 }
 
+void xbr_timer_setup(struct timer_list *timer, void (*function)(struct timer_list *))
+{
+	timer_setup(timer, function, 0);
+}
+
+void xbr_timer_start(struct timer_list *timer, unsigned long ticks)
+{
+	mod_timer(timer, jiffies + ticks);
+}
+
 /* The caller stays on this processor, whose number this returns, until xbr_unpin. */
 unsigned int xbr_pin(void)
 {

@@ -94,6 +94,8 @@ unsigned int xbr_noio_save(void);
 void xbr_noio_restore(unsigned int flags);
 int xbr_need_resched(void);
 void xbr_yield_processor(void);
+void xbr_timer_setup(struct timer_list *timer, void (*function)(struct timer_list *));
+void xbr_timer_start(struct timer_list *timer, unsigned long ticks);
 unsigned int xbr_pin(void);
 void xbr_unpin(void);
 void xbr_halt_while(const u32 *state, u32 halted);

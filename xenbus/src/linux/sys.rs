@@ -379,6 +379,11 @@ unsafe extern "C" {
     pub(super) fn single_task_running() -> bool;
     pub(super) fn xbr_need_resched() -> c_int;
     pub(super) fn xbr_yield_processor();
+    pub(super) fn xbr_timer_setup(
+        timer: *mut bindings::timer_list,
+        function: unsafe extern "C" fn(*mut bindings::timer_list),
+    );
+    pub(super) fn xbr_timer_start(timer: *mut bindings::timer_list, ticks: usize);
     pub(super) fn xbr_pin() -> c_uint;
     pub(super) fn xbr_unpin();
     pub(super) fn xbr_halt_while(state: *const u32, halted: u32);

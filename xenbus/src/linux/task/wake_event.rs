@@ -10,7 +10,7 @@
 //! A thread that waits may lend what it works on ([`WaitingWork`]): a completion of I/O then finishes its request in the
 //! context in which it comes, and the thread goes on waiting.
 //!
-//! Wraps `safe_halt` (include/linux/irqflags.h) and `smp_send_reschedule` (include/linux/smp.h), `wait_for_completion_state`, `wait_for_completion_interruptible_timeout` and `complete`
+//! Wraps `timer_setup`, `mod_timer` and `timer_shutdown_sync` (include/linux/timer.h), `safe_halt` (include/linux/irqflags.h) and `smp_send_reschedule` (include/linux/smp.h), `wait_for_completion_state`, `wait_for_completion_interruptible_timeout` and `complete`
 //! (include/linux/completion.h). `kernel::sync::Completion` waits uninterruptibly and without a limit,
 //! which would count as load and as a hung task.
 
@@ -20,8 +20,10 @@ use crate::linux::versions;
 use crate::ring::wake::{halted, Loan, Sleeper, StateWord, WakeState};
 pub(crate) use crate::ring::wake::Lending;
 use core::cell::UnsafeCell;
+use core::pin::Pin;
 use core::ptr::NonNull;
 use kernel::bindings;
+use kernel::container_of;
 use kernel::prelude::*;
 use kernel::sync::atomic::{
     ordering::{Full, Relaxed},
@@ -72,13 +74,17 @@ pub(crate) trait WaitingWork {
 ///
 /// While `state` is lent or borrowed, `work` is what the thread lends, which nothing else uses until then. Only the thread
 /// changes `work`, while `state` is neither.
-#[pin_data]
+#[pin_data(PinnedDrop)]
 pub(crate) struct WakeEvent {
     state: WakeState<Word>,
     work: UnsafeCell<Option<NonNull<dyn WaitingWork>>>,
     /// Whether wakers record the time, and the time of the last wake-up that found a sleeper.
     is_timed: AtomicFlag,
     woken_ns: Atomic<u64>,
+    /// The alarm is set. Only the sleeper sets it.
+    alarmed: AtomicFlag,
+    #[pin]
+    alarm: Opaque<bindings::timer_list>,
     #[pin]
     done: Opaque<bindings::completion>,
 }
@@ -98,6 +104,9 @@ impl WakeEvent {
                 work: UnsafeCell::new(None),
                 is_timed: AtomicFlag::new(false),
                 woken_ns: Atomic::new(0),
+                alarmed: AtomicFlag::new(false),
+                // SAFETY: `slot` is valid for writes and stays pinned in the `Arc`.
+                alarm <- Opaque::ffi_init(|slot| unsafe { sys::xbr_timer_setup(slot, ring_alarm) }),
                 done <- Opaque::ffi_init(|slot| {
                     // SAFETY: `slot` is valid for writes and stays pinned in the `Arc`.
                     unsafe { bindings::init_completion(slot) }
@@ -223,6 +232,22 @@ impl WakeEvent {
     }
 }
 
+#[pinned_drop]
+impl PinnedDrop for WakeEvent {
+    fn drop(self: Pin<&mut Self>) {
+        // SAFETY: Set up by the constructor. Its function takes no lock of ours, and the last reference is dropped by a task.
+        unsafe { bindings::timer_shutdown_sync(self.alarm.get()) };
+    }
+}
+
+/// Wakes the sleeper whose alarm this is. Runs in a soft interrupt.
+unsafe extern "C" fn ring_alarm(timer: *mut bindings::timer_list) {
+    // SAFETY: The timer is that of a `WakeEvent`, whose drop waits for this function.
+    let event = unsafe { &*container_of!(Opaque::cast_from(timer), WakeEvent, alarm) };
+    event.alarmed.store(false, Relaxed);
+    event.wake();
+}
+
 /// A sleeper that is about to wait, and what it lends meanwhile.
 #[derive(Clone, Copy)]
 pub(crate) struct Lent<'a> {
@@ -232,12 +257,21 @@ pub(crate) struct Lent<'a> {
 
 impl Lent<'_> {
     /// Waits as [`wait`](Self::wait) does, for a few seconds at most: see [`IDLE_SECONDS`].
+    ///
+    /// A sleep with a limit of its own would start and stop a timer each time, which costs more than a small request. The
+    /// alarm stays set when the thread is woken, and counts for its next sleeps.
     pub(crate) fn wait_for_a_while(&self) {
-        // All sleepers of the host wake up in the same tick.
-        // SAFETY: Plain arithmetic on the current time.
-        let ticks =
-            unsafe { bindings::round_jiffies_relative((IDLE_SECONDS * bindings::HZ) as usize) };
-        self.wait_ticks(ticks);
+        let WakeEvent { alarmed, alarm, .. } = self.event;
+        if !alarmed.load(Relaxed) {
+            alarmed.store(true, Relaxed);
+            // All sleepers of the host wake up in the same tick.
+            // SAFETY: Plain arithmetic on the current time.
+            let ticks =
+                unsafe { bindings::round_jiffies_relative((IDLE_SECONDS * bindings::HZ) as usize) };
+            // SAFETY: Set up by the constructor, and shut down by the drop only.
+            unsafe { sys::xbr_timer_start(alarm.get(), ticks) };
+        }
+        self.wait();
     }
 
     /// Waits as [`wait`](Self::wait) does, for at most `nanoseconds`, rounded up to whole ticks.
