@@ -2,6 +2,8 @@
 //! Manual page and shell completions, made from the description of a command line, so that they agree with `--help`.
 #![forbid(unsafe_code)]
 
+mod offered;
+
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{ArgMatches, Command, Error, ValueEnum};
 use clap_complete::Shell;
@@ -20,9 +22,10 @@ pub enum Generated {
     Fish,
 }
 
-/// Writes it. `see_also` are the other pages that the manual page names, as `tapdisk(8), tap-ctl(8)`.
+/// Writes it. `see_also` are the other pages that the manual page names, as `tapdisk(8), tap-ctl(8)`. Neither the page nor a
+/// script has hidden verbs and options.
 pub fn write(
-    mut command: Command,
+    command: Command,
     what: Generated,
     see_also: &str,
     out: &mut dyn Write,
@@ -36,7 +39,7 @@ pub fn write(
     let name = command.get_name().to_string();
     // It panics when it cannot write, so it does not get a pipe.
     let mut text = Vec::new();
-    clap_complete::generate(shell, &mut command, &name, &mut text);
+    clap_complete::generate(shell, &mut offered::offered(&command), &name, &mut text);
     if what == Generated::Bash {
         text = sound(&name, &String::from_utf8_lossy(&text)).into_bytes();
     }
@@ -98,7 +101,7 @@ pub fn page(mut command: Command, see_also: &str) -> io::Result<Vec<u8>> {
 
 /// Writes a section for each verb of a command, and for each verb of those. `path` is the command's own verb.
 fn verbs(command: &Command, path: &str, page: &mut Vec<u8>) -> io::Result<()> {
-    for verb in command.get_subcommands().filter(|verb| !verb.is_hide_set()) {
+    for verb in offered::verbs(command) {
         if verb.get_name() == "help" {
             continue;
         }
@@ -135,7 +138,7 @@ fn notes(man: &clap_mangen::Man) -> io::Result<String> {
 #[cfg(test)]
 mod tests {
     use super::{explained, page, write, Generated};
-    use clap::{value_parser, Arg, Command};
+    use clap::{value_parser, Arg, ArgGroup, Command};
 
     fn command() -> Command {
         let cut = Command::new("cut").after_help("Examples:\n  saw cut x");
@@ -196,11 +199,27 @@ mod tests {
     }
 
     #[test]
-    fn every_shell_gets_its_completions() {
+    fn every_shell_gets_its_completions_without_what_is_hidden() {
+        let blade = Arg::new("blade").long("blade").hide(true);
+        let teeth = Arg::new("teeth").long("teeth");
+        let group = ArgGroup::new("kind").args(["blade", "teeth"]);
+        let sharpen = Command::new("sharpen")
+            .visible_alias("file")
+            .args([blade, teeth])
+            .group(group);
+        let command = command()
+            .subcommand(sharpen)
+            .arg(Arg::new("bench").long("bench").global(true).hide(true));
         for what in [Generated::Bash, Generated::Zsh, Generated::Fish] {
             let mut text = Vec::new();
-            write(command(), what, "", &mut text).unwrap();
-            assert!(String::from_utf8(text).unwrap().contains("cut"), "{what:?}");
+            write(command.clone(), what, "", &mut text).unwrap();
+            let text = String::from_utf8(text).unwrap();
+            for word in ["cut", "depth", "teeth", "limits", "sharpen"] {
+                assert!(text.contains(word), "{what:?} {word}: {text}");
+            }
+            for word in ["generate", "blade", "bench"] {
+                assert!(!text.contains(word), "{what:?} {word}: {text}");
+            }
         }
     }
 }

@@ -151,7 +151,9 @@ fn following(guest: Option<&str>, disks: &[(u32, u32)], names: &GuestNames) -> B
 #[cfg(test)]
 mod tests {
     use super::{following, script, verbs};
+    use crate::cli::Cli;
     use crate::host::xenstore::GuestNames;
+    use clap::CommandFactory;
     use manual::Generated;
     use std::process::Command;
 
@@ -187,6 +189,54 @@ echo ${COMPREPLY[*]}";
             ("tap-ctl snapshot web xvd", "xvda xvdb"),
         ] {
             assert_eq!(completed(line), words, "{line}");
+        }
+    }
+
+    /// The verbs and long options of a command, and of its verbs, that are hidden or not.
+    fn words(command: &clap::Command, is_hidden: bool) -> Vec<String> {
+        let options = command.get_arguments();
+        let options = options.filter(|option| option.is_hide_set() == is_hidden);
+        let options = options.filter_map(|option| Some(format!("--{}", option.get_long()?)));
+        let mut words: Vec<String> = options.collect();
+        for verb in command.get_subcommands() {
+            if verb.is_hide_set() == is_hidden {
+                words.push(verb.get_name().to_owned());
+            }
+            words.extend(self::words(verb, is_hidden));
+        }
+        words
+    }
+
+    #[test]
+    fn no_shell_offers_what_is_hidden() {
+        let command = Cli::command();
+        let hidden = words(&command, true);
+        for word in ["--root", "--xl", "--tapimg", "freeze-guard", "complete"] {
+            assert!(hidden.iter().any(|its| its == word), "{word}: {hidden:?}");
+        }
+        let shown = words(&command, false);
+        for what in [Generated::Bash, Generated::Zsh, Generated::Fish] {
+            let mut text = Vec::new();
+            manual::write(command.clone(), what, "", &mut text).expect("a script");
+            let text = String::from_utf8(text).expect("text");
+            // Each as the script of this shell writes what it offers.
+            let offers = |word: &str| match (what, word.strip_prefix("--")) {
+                (Generated::Fish, Some(option)) => text.contains(&format!(" -l {option} ")),
+                (Generated::Fish, None) => text.contains(&format!(" -a \"{word}\" ")),
+                (Generated::Zsh, Some(_)) => ["[", "=[", "=-["]
+                    .iter()
+                    .any(|end| text.contains(&format!("{word}{end}"))),
+                (Generated::Zsh, None) => text.contains(&format!("\n'{word}:")),
+                (_, Some(_)) => text.split([' ', '"']).any(|its| its == word),
+                (_, None) => text.contains(&format!("__{}\"\n", word.replace('-', "__subcmd__"))),
+            };
+            for word in &shown {
+                let is_plain = words(&command, true).iter().all(|its| its != word);
+                assert!(offers(word) || !is_plain, "{what:?} lacks {word}");
+            }
+            for word in &hidden {
+                assert!(!offers(word), "{what:?} offers {word}");
+            }
         }
     }
 
