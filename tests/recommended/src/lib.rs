@@ -7,11 +7,13 @@
 //! capitals, as `MINOR`, for one that only the reader knows.
 #![forbid(unsafe_code)]
 
+mod command;
 mod manual;
 mod messages;
 mod prose;
 
 use clap::Parser;
+pub use command::{assert_help_fits, assert_page_is_complete};
 use std::collections::BTreeSet;
 use std::fmt;
 use std::fs;

@@ -97,7 +97,7 @@ fn place_of_groups(text: &str) -> Result<PlaceOfGroups, String> {
 }
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli: Cli = manual::parse();
     // Its end waits until the last lines are out.
     let log = match log::start(cli.verbose) {
         Ok(log) => log,
@@ -307,6 +307,12 @@ fn lift_limits() {
 #[cfg(test)]
 mod tests {
     use super::Cli;
+    use clap::CommandFactory;
+
+    #[test]
+    fn help_fits_80_columns() {
+        recommended::assert_help_fits(manual::fitted(Cli::command(), 80), 80);
+    }
 
     #[test]
     fn commands_that_are_recommended_can_be_typed() {

@@ -2,11 +2,13 @@
 //! Manual page and shell completions, made from the description of a command line, so that they agree with `--help`.
 #![forbid(unsafe_code)]
 
+mod fit;
 mod offered;
 
 use clap::error::{ContextKind, ContextValue, ErrorKind};
-use clap::{ArgMatches, Command, Error, ValueEnum};
+use clap::{ArgMatches, Command, Error, Parser, ValueEnum};
 use clap_complete::Shell;
+pub use fit::{columns, fitted, wrapped};
 use std::io::{self, Write};
 
 /// Kind of output for a command line.
@@ -46,10 +48,16 @@ pub fn write(
     out.write_all(&text)
 }
 
-/// Parses the command line of this process. Ends it for `--help`, `--version` and a wrong command line, as clap does.
-pub fn matches(mut command: Command) -> ArgMatches {
-    let parsed = command.try_get_matches_from_mut(std::env::args_os());
+/// Parses the command line of this process. Ends it for `--help`, which has the width of the terminal, for `--version` and
+/// for a wrong command line, as clap does.
+pub fn matches(command: Command) -> ArgMatches {
+    let parsed = fitted(command, columns()).try_get_matches_from(std::env::args_os());
     parsed.unwrap_or_else(|error| explained(error).exit())
+}
+
+/// Parses the command line of this process, as [`matches`] does.
+pub fn parse<C: Parser>() -> C {
+    C::from_arg_matches(&matches(C::command())).unwrap_or_else(|error| error.exit())
 }
 
 /// Says the form of a number to a user who typed something else: the words of the parser name none.

@@ -114,7 +114,7 @@ command line, 6 if nothing could be begun.";
 const SEE_ALSO: &str = "xen-blkback-rs(8), xl(1)";
 
 fn main() -> ExitCode {
-    let cli = TakeoverCli::parse();
+    let cli: TakeoverCli = manual::parse();
     if let Some(TakeoverVerb::Generate { what }) = cli.verb {
         return match manual::write(TakeoverCli::command(), what, SEE_ALSO, &mut io::stdout()) {
             Ok(()) => ExitCode::SUCCESS,
@@ -263,6 +263,14 @@ mod tests {
     #[test]
     fn description_is_sound() {
         TakeoverCli::command().debug_assert();
+    }
+
+    #[test]
+    fn help_fits_80_columns_and_the_manual_has_each_verb_and_option() {
+        recommended::assert_help_fits(manual::fitted(TakeoverCli::command(), 80), 80);
+        let page = manual::page(TakeoverCli::command(), "").expect("a page");
+        let page = String::from_utf8(page).expect("text");
+        recommended::assert_page_is_complete(TakeoverCli::command(), &page);
     }
 
     /// `xen-blkback-rs` is a script that has verbs of its own, and runs this program for the others.

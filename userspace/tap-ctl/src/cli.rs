@@ -66,8 +66,9 @@ A target is DRIVER:IMAGE, DRIVER:SIZE or the address of an NBD export:
                       an encrypted qcow2 image: key=/etc/xentap/a.key,qcow2:/srv/a.qcow2
   nbd://host/disk     an export of an NBD server; nbd+unix:///disk?socket=/run/a.sock is one of this host;
                       tls-ca=/etc/xentap/ca.pem, in front has it encrypted or not used, see tapdisk(8)
-  cow:qcow2:/srv/a.qcow2   an image that stays as it is; writes are in memory until the disk is destroyed, at
-                      most 1G or the number of room= in front: room=4G,cow:qcow2:/srv/a.qcow2
+  cow:qcow2:/srv/a.qcow2
+                      an image that stays as it is; writes are in memory until the disk is destroyed, at most 1G
+                      or the number of room= in front: room=4G,cow:qcow2:/srv/a.qcow2
   ram:64M             memory of dom0; the content is there until the disk is destroyed; name=scratch, in front: that of
                       all disks of this host with that name, until the last one is destroyed
   null:64M            zeroes; writes are forgotten

@@ -123,7 +123,7 @@ Exit status: 0 after SIGTERM or an exit that a supervisor requested, 1 after an 
 line.";
 
 fn main() -> ExitCode {
-    let args = Args::parse();
+    let args: Args = manual::parse();
     match serve(&args) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -301,6 +301,12 @@ fn end_by_signal(session: &Rc<Session>) -> std::io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::Args;
+    use clap::CommandFactory;
+
+    #[test]
+    fn help_fits_80_columns() {
+        recommended::assert_help_fits(manual::fitted(Args::command(), 80), 80);
+    }
 
     #[test]
     fn commands_that_are_recommended_can_be_typed() {

@@ -485,7 +485,8 @@ and then, in another terminal:
   nbdinfo --map 'nbd+unix:///?socket=/run/a.sock'
   qemu-img compare -f raw 'nbd+unix:///?socket=/run/a.sock' /srv/copy.img
   nbdcopy 'nbd+unix:///?socket=/run/a.sock' /srv/copy.img
-  fio --name=try --ioengine=nbd --uri='nbd+unix:///?socket=/run/a.sock' --rw=randread --bs=4k --size=100M
+  fio --name=try --ioengine=nbd --uri='nbd+unix:///?socket=/run/a.sock' \\
+      --rw=randread --bs=4k --size=100M
 
 Exit status: 0 after a signal, if all writes are durable; 2 for a wrong command line, 3 if the image or SOCKET is
 in use, 4 if there is no such image, 6 if it failed for another reason.")]

@@ -8,7 +8,6 @@ mod vhd_util;
 use crate::cli;
 use crate::image_spec::ImageSpec;
 use crate::open::{ImageOpener, Use};
-use clap::Parser;
 use control::{shown, shown_lines, Code, Failure};
 use diskio::Runtime;
 use formats::Below;
@@ -25,25 +24,25 @@ pub(crate) fn by_name(program: &OsStr) -> Option<ExitCode> {
     let name = Path::new(program).file_name()?.to_str()?;
     let done = match name {
         "vhd-util" => {
-            let cli = vhd_util::VhdUtilCli::parse();
+            let cli = manual::parse::<vhd_util::VhdUtilCli>();
             run(
                 None,
                 |opener| async move { vhd_util::verb(&cli, &opener).await },
             )
         }
         "qcow-create" => {
-            let cli = qcow::Make::parse();
+            let cli = manual::parse::<qcow::Make>();
             run(
                 cli.parents(),
                 |opener| async move { cli.run(&opener).await },
             )
         }
         "img2qcow" => {
-            let cli = qcow::FromRaw::parse();
+            let cli = manual::parse::<qcow::FromRaw>();
             run(None, |opener| async move { cli.run(&opener).await })
         }
         "qcow2raw" => {
-            let cli = qcow::ToRaw::parse();
+            let cli = manual::parse::<qcow::ToRaw>();
             run(
                 cli.parents(),
                 |opener| async move { cli.run(&opener).await },

@@ -34,7 +34,7 @@ mod snapshot;
 mod target;
 mod walk;
 
-use clap::{CommandFactory, FromArgMatches};
+use clap::CommandFactory;
 use cli::{Cli, Verb};
 use control::{json_line, shown, shown_lines, Code, Failure};
 use diskio::Runtime;
@@ -87,8 +87,7 @@ fn main() -> ExitCode {
     {
         return done;
     }
-    let matches = manual::matches(Cli::command());
-    let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
+    let cli: Cli = manual::parse();
     let json = cli.json;
     match run(cli) {
         Ok(VerbOutcome::Good) => ExitCode::SUCCESS,
@@ -294,6 +293,14 @@ mod tests {
     #[test]
     fn description_is_sound() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn help_fits_80_columns_and_the_manual_has_each_verb_and_option() {
+        recommended::assert_help_fits(manual::fitted(Cli::command(), 80), 80);
+        let page = manual::page(Cli::command(), "").expect("a page");
+        let page = String::from_utf8(page).expect("text");
+        recommended::assert_page_is_complete(Cli::command(), &page);
     }
 
     #[test]
