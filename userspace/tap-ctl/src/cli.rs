@@ -297,6 +297,8 @@ pub(crate) enum Verb {
     /// backups, a dirty bitmap tracks its changes, and every request goes through the disk's process.
     ///
     /// Not for disks with the mode r, r! or w!, with a lease, or that are encrypted.
+    /// A terminal shows how far the copy is, except with --json.
+    ///
     Backup(Box<Backup>),
     /// Move a guest to another host with its tap disks, which no storage shares, while it works
     ///

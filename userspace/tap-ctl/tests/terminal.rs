@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! `tap-ctl top` as it is run: on a terminal of its own, of which a test has the other end.
 
+mod pty;
+
 use rustix::event::{poll, PollFd, PollFlags, Timespec};
 use rustix::fs::{mkfifoat, open, Mode, OFlags, CWD};
 use rustix::process::{kill_process, pidfd_open, Pid, PidfdFlags, Signal};
-use rustix::pty::{grantpt, openpt, ptsname, unlockpt, OpenptFlags};
-use rustix::termios::{tcgetattr, tcsetwinsize, LocalModes, Termios, Winsize};
+use rustix::termios::{tcgetattr, LocalModes, Termios};
 use std::fs;
 use std::os::fd::OwnedFd;
 use std::os::unix::process::ExitStatusExt;
@@ -31,20 +32,7 @@ struct Terminal {
 
 impl Terminal {
     fn new() -> Terminal {
-        let ours = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC);
-        let ours = ours.expect("a terminal");
-        grantpt(&ours).expect("ours");
-        unlockpt(&ours).expect("unlocked");
-        let name = ptsname(&ours, Vec::new()).expect("its name");
-        let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC;
-        let its = open(name, flags, Mode::empty()).expect("its other end");
-        let size = Winsize {
-            ws_row: 24,
-            ws_col: 100,
-            ws_xpixel: 0,
-            ws_ypixel: 0,
-        };
-        tcsetwinsize(&its, size).expect("its size");
+        let (ours, its) = pty::open_terminal();
         Terminal {
             before: tcgetattr(&its).expect("its settings"),
             ours: Some(ours),

@@ -66,7 +66,7 @@ pub(crate) fn run(cli: &Cli, asked: &Backup) -> Result<ExitCode, Error> {
         Some(BackupVerb::List { dir }) => list::list(cli, dir).map(|()| ExitCode::SUCCESS),
         Some(BackupVerb::Verify { dir }) => list::verify(cli, dir),
         Some(BackupVerb::Repair { dir, tool }) => {
-            let tool = CopyTool::start(&tool.tapimg, None)?;
+            let tool = CopyTool::start(&tool.tapimg, None, cli.json)?;
             let done = repair(cli, &tool, &BackupFolder::change(dir)?)?;
             match cli.json {
                 true => print(&done)?,
@@ -106,7 +106,7 @@ fn told(done: &RepairResult) -> String {
 }
 
 fn back_up(cli: &Cli, asked: &Backup) -> Result<(), Error> {
-    let tool = CopyTool::start(&asked.tool.tapimg, asked.rate)?;
+    let tool = CopyTool::start(&asked.tool.tapimg, asked.rate, cli.json)?;
     let folder = BackupFolder::change(&asked.dir)?;
     let repaired = repair(cli, &tool, &folder)?;
     if repaired.id.is_some() {

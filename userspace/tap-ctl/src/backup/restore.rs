@@ -26,7 +26,7 @@ pub(crate) struct RestoreResult {
 }
 
 pub(crate) fn restore(cli: &Cli, asked: &Restore) -> Result<(), Error> {
-    let tool = CopyTool::start(&asked.tool.tapimg, asked.rate)?;
+    let tool = CopyTool::start(&asked.tool.tapimg, asked.rate, cli.json)?;
     let folder = BackupFolder::read(&asked.dir)?;
     let all = BackupFolder::manifests(&folder.path)?;
     let chosen = choose(&all, asked)?;

@@ -5,7 +5,7 @@ use control::{Code, Driver, Extent, Failure, Target};
 use serde::Deserialize;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use std::ffi::OsString;
-use std::io::{self, Read, Write};
+use std::io::{self, IsTerminal, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -36,10 +36,14 @@ struct EndedTool {
 }
 
 /// tapimg, and whether a signal has ended the work.
+///
+/// tapimg shows its progress where the standard error is a terminal.
 #[derive(Debug)]
 pub(crate) struct CopyTool {
     program: PathBuf,
     rate: Option<u32>,
+    /// A program reads the output: tapimg has no terminal.
+    is_quiet: bool,
     stop: Arc<AtomicBool>,
 }
 
@@ -48,7 +52,11 @@ impl CopyTool {
     ///
     /// # Errors
     /// The system refuses to.
-    pub(crate) fn start(program: &Path, rate: Option<u32>) -> Result<Self, Failure> {
+    pub(crate) fn start(
+        program: &Path,
+        rate: Option<u32>,
+        is_quiet: bool,
+    ) -> Result<Self, Failure> {
         let stop = Arc::new(AtomicBool::new(false));
         for signal in [SIGINT, SIGTERM, SIGHUP] {
             signal_hook::flag::register(signal, stop.clone())
@@ -57,8 +65,16 @@ impl CopyTool {
         Ok(Self {
             program: program.to_owned(),
             rate,
+            is_quiet,
             stop,
         })
+    }
+
+    /// Says what tapimg does next, where its progress is seen.
+    fn announce(&self, text: &str) {
+        if !self.is_quiet && io::stderr().is_terminal() {
+            crate::complain(text);
+        }
     }
 
     /// # Errors
@@ -81,6 +97,7 @@ impl CopyTool {
     ) -> Result<CopiedImage, Failure> {
         let mut words: Vec<OsString> = ["convert", from, to, "--json"].map(OsString::from).into();
         words.extend(options.iter().cloned());
+        self.announce(&format!("copying {from} to {to}"));
         let ended = self.run(words, ranges, true)?;
         if !ended.status.success() {
             return Err(Failure::new(
@@ -107,6 +124,7 @@ impl CopyTool {
         ranges: Option<&[Extent]>,
     ) -> Result<(), Failure> {
         let words = ["compare", one, other].map(OsString::from).into();
+        self.announce(&format!("comparing {one} and {other}"));
         let ended = self.run(words, ranges, true)?;
         match ended.status.code() {
             Some(0) => Ok(()),
@@ -166,6 +184,9 @@ impl CopyTool {
                 .stdin(Stdio::piped()),
             None => command.stdin(Stdio::null()),
         };
+        if self.is_quiet {
+            command.stderr(Stdio::piped());
+        }
         let mut child = command.spawn().map_err(|error| self.failed(&error))?;
         let text: String = ranges
             .unwrap_or_default()
@@ -175,6 +196,10 @@ impl CopyTool {
         let writer = child.stdin.take().map(|mut pipe| {
             // tapimg says what is wrong if it ends before it has read all.
             thread::spawn(move || pipe.write_all(text.as_bytes()))
+        });
+        let messages = child.stderr.take().map(|mut pipe| {
+            // The reader of the messages may be gone.
+            thread::spawn(move || io::copy(&mut pipe, &mut io::stderr()).map(|_| ()))
         });
         // Whatever it prints, it never waits for this program.
         let reader = child.stdout.take().map(|pipe| {
@@ -189,6 +214,8 @@ impl CopyTool {
                 return Err(self.failed(&error));
             }
         }
+        // Messages come before those of this program.
+        let _ = messages.map(thread::JoinHandle::join);
         let status = status?;
         let output = match reader.map(thread::JoinHandle::join) {
             Some(Ok(read)) => read.map_err(|error| self.failed(&error))?,

@@ -5,6 +5,9 @@
 mod agent;
 mod freeze;
 mod host;
+mod progress;
+#[path = "../pty/mod.rs"]
+mod pty;
 mod tapimg;
 
 use control::supervisor::Mode;
@@ -67,6 +70,11 @@ impl Bed {
     }
 
     fn run(&self, line: &str) -> Output {
+        self.run_with(line, Stdio::piped())
+    }
+
+    /// Runs tap-ctl with this standard error.
+    fn run_with(&self, line: &str, errors: Stdio) -> Output {
         let words = line.split(' ').map(|word| match word {
             "DIR" => self.path("backup"),
             word => {
@@ -85,7 +93,7 @@ impl Bed {
             .env("REAL", tapimg_program())
             .env("AT", self.path("at"))
             .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
+            .stderr(errors)
             .spawn()
             .expect("started");
         state.run_by(child.id());
