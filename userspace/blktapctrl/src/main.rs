@@ -14,7 +14,7 @@ use blktapctrl::systemd::Systemd;
 use blktapctrl::{folder, nodes, ram_files, recovery, server, watch, watchdog};
 use clap::Parser;
 use control::supervisor::What;
-use control::{Failure, FrozenDevices};
+use control::{ExitStatus, Failure, FrozenDevices};
 use rustix::mm::{mlockall, MlockAllFlags};
 use rustix::process::{getuid, setrlimit, Resource, Rlimit};
 use std::fs::Permissions;
@@ -103,7 +103,7 @@ fn main() -> ExitCode {
         Ok(log) => log,
         Err(error) => {
             eprintln!("blktapctrl: cannot begin a log: {error}");
-            return ExitCode::FAILURE;
+            return ExitStatus::Failed.into();
         }
     };
     let limit = log.limit.clone();
@@ -120,7 +120,7 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tracing::error!("{error:#}");
-            ExitCode::FAILURE
+            ExitStatus::Failed.into()
         }
     }
 }

@@ -35,6 +35,7 @@
 mod amount;
 mod changed;
 mod channel;
+mod exit;
 mod export;
 mod failure;
 mod frozen;
@@ -59,6 +60,7 @@ pub mod wire;
 pub use amount::{size, typed_mib, typed_rate, typed_requests, typed_size, NewSize};
 pub use changed::{Changed, Extent, Mark, MarkName, MAX_MARKS};
 pub use channel::Channel;
+pub use exit::ExitStatus;
 pub use export::{Export, Listener};
 pub use failure::{Code, Failure};
 pub use frozen::{FrozenDevice, FrozenDevices, FrozenRecord, ImageMark};

@@ -6,6 +6,7 @@ mod modules;
 mod xen_host;
 
 use clap::{CommandFactory, Parser, Subcommand, ValueEnum};
+use control::ExitStatus;
 use manual::Generated;
 use std::io;
 use std::process::ExitCode;
@@ -107,8 +108,8 @@ storage does not answer, and tap disks, which only xen-blkback-rs can serve.
 If this is killed in the middle, a guest may be left paused and a disk without a driver: the next run first puts
 that right.
 
-Exit status: 0 if the requested driver serves all disks, 1 if some are not or the other one stays loaded, 2 for a wrong
-command line, 6 if nothing could be begun.";
+Exit status, as of all programs (docs/reference/exit-codes.md): 0 if the requested driver serves all disks, 1 if some are
+not or the other one stays loaded, 2 for a wrong command line, 6 if nothing could be begun.";
 
 /// Other manual pages.
 const SEE_ALSO: &str = "xen-blkback-rs(8), xl(1)";
@@ -129,14 +130,14 @@ fn main() -> ExitCode {
     };
     match done {
         Ok(true) => ExitCode::SUCCESS,
-        Ok(false) => ExitCode::from(1),
+        Ok(false) => ExitStatus::Found.into(),
         Err(error) => failed(&error),
     }
 }
 
 fn failed(error: &io::Error) -> ExitCode {
     eprintln!("xen-blkback-takeover: {error}");
-    ExitCode::from(6)
+    ExitStatus::Failed.into()
 }
 
 fn patience(cli: &TakeoverCli) -> io::Result<Duration> {

@@ -134,9 +134,10 @@ For trace, handoff and snapshot a number alone is still that of a node, as befor
 A guest's disk is made by xl, not by hand:
   disk = [ 'script=block-tap-rs,vdev=xvda,target=aio:/srv/a.img' ]
 
-Exit status: 0 if it was done, 1 if not, 2 for a wrong command line, 3 if the image or the disk is
-in use, 4 if there is no such disk or image, 5 if blktapctrl does not answer. To destroy a disk that
-does not exist is 0. For status and doctor it is the severity of the worst finding.
+Exit status, as of all programs (docs/reference/exit-codes.md): 0 if all was done, 1 if a check found something or some
+disks were left out, 2 for a wrong command line, 3 if the image or the disk is in use, 4 if there is no such disk or
+image, 5 if blktapctrl does not answer, 6 if it failed for another reason, 7 if status or doctor found that a guest
+waits or disks cannot be served. To destroy a disk that does not exist is 0.
 
 blktapctrl may be started anew at any time: a command waits for it (--patience), and asks again if
 that changes nothing. A pause, unpause or close that failed because storage did not answer in time
@@ -296,9 +297,9 @@ pub(crate) enum Verb {
     /// changes are not known, because the guest was started again, say, a full backup is taken. While a disk has
     /// backups, a dirty bitmap tracks its changes, and every request goes through the disk's process.
     ///
-    /// Not for disks with the mode r, r! or w!, with a lease, or that are encrypted.
     /// A terminal shows how far the copy is, except with --json.
     ///
+    /// Not for disks with the mode r, r! or w!, with a lease, or that are encrypted.
     Backup(Box<Backup>),
     /// Move a guest to another host with its tap disks, which no storage shares, while it works
     ///
@@ -377,7 +378,7 @@ pub(crate) enum Verb {
     Status(Status),
     /// Say whether this host has what serving disks needs, and what to do if not
     ///
-    /// The exit status is 0 if all is well, 1 if an administrator should look at a finding, 2 if disks cannot be
+    /// The exit status is 0 if all is well, 1 if an administrator should look at a finding, 7 if disks cannot be
     /// served.
     ///
     /// The initramfs of the running kernel is looked into with lsinitramfs or lsinitrd, where there is one: for a
@@ -975,7 +976,7 @@ Verdicts, with the exit status of the worst one:
   0  ok, not-connected (the guest does not use it yet, or any more), closed, inactive
   1  slow, failing, paused, unknown; or a file could not be read, or blktapctrl does not answer where this driver serves or
      is to
-  2  hung, dead-process, fencing, held, no-driver
+  7  hung, dead-process, fencing, held, no-driver
 
 Causes are shown where there are counters:
   storage        requests take long, or an old one is not answered; the lowest device that has the time is named; or an

@@ -33,7 +33,7 @@ mod trace;
 use cli::{Cli, Image, Verb};
 use control::supervisor::{self, Allocate, Create, HungAction, Mode, Reply, Request, Which};
 use control::tapdisk::Open;
-use control::{json_line, shown, shown_lines, Channel, Code, Failure, Limits, Target};
+use control::{json_line, shown, shown_lines, Channel, Code, ExitStatus, Failure, Limits, Target};
 use std::io::{self, Write};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -93,22 +93,22 @@ fn end(cli: &Cli, result: Result<ExitCode, Error>) -> ExitCode {
         Err(Error::Output(error)) if error.kind() == io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
         Err(Error::Output(error)) => {
             complain(&format!("cannot write: {error}"));
-            ExitCode::FAILURE
+            ExitStatus::Failed.into()
         }
         Err(Error::Failed(failure)) => {
             tell_programs(cli, &failure);
             complain(&failure.to_string());
-            ExitCode::from(status(failure.code))
+            ExitStatus::from(failure.code).into()
         }
         // The failure of each disk was printed on its own.
-        Err(Error::Some) => ExitCode::FAILURE,
+        Err(Error::Some) => ExitStatus::Found.into(),
         Err(Error::Silent(failure)) => {
             // The reason does not matter here: `not-found` would mean a disk.
             tell_programs(cli, &Failure::new(Code::Gone, failure.message.clone()));
             complain(&format!(
                 "{failure}: is blktapctrl running? `systemctl start blktapctrl`"
             ));
-            ExitCode::from(5)
+            ExitStatus::NoSupervisor.into()
         }
     }
 }
@@ -146,15 +146,6 @@ impl From<Failure> for Error {
             Code::Gone => Error::Silent(failure),
             _ => Error::Failed(failure),
         }
-    }
-}
-
-fn status(code: Code) -> u8 {
-    match code {
-        Code::Invalid => 2,
-        Code::Busy => 3,
-        Code::NotFound => 4,
-        _ => 1,
     }
 }
 

@@ -7,7 +7,7 @@
 use anyhow::{Context, Result};
 use clap::{Parser, ValueEnum};
 use control::tapdisk::{Engine, Open, Reply, Request};
-use control::{Driver, Target};
+use control::{Driver, ExitStatus, Target};
 use diskio::Runtime;
 use rustix::fs::OFlags;
 use std::os::fd::OwnedFd;
@@ -119,8 +119,8 @@ Examples:
 SIGTERM ends it in order: what it has is finished first, the rest waits in the kernel for the next
 tapdisk. If it is killed, nothing is lost either, but for ram without blktapctrl.
 
-Exit status: 0 after SIGTERM or an exit that a supervisor requested, 1 after an error, 2 for a wrong command
-line.";
+Exit status, as of all programs (docs/reference/exit-codes.md): 0 after SIGTERM or an exit that a supervisor requested, 2
+for a wrong command line, 6 after an error.";
 
 fn main() -> ExitCode {
     let args: Args = manual::parse();
@@ -128,7 +128,7 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             diskio::say!("tapdisk: {error:#}");
-            ExitCode::FAILURE
+            ExitStatus::Failed.into()
         }
     }
 }

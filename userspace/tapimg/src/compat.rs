@@ -8,7 +8,7 @@ mod vhd_util;
 use crate::cli;
 use crate::image_spec::ImageSpec;
 use crate::open::{ImageOpener, Use};
-use control::{shown, shown_lines, Code, Failure};
+use control::{shown, shown_lines, Code, ExitStatus, Failure};
 use diskio::Runtime;
 use formats::Below;
 use std::ffi::OsStr;
@@ -55,7 +55,7 @@ pub(crate) fn by_name(program: &OsStr) -> Option<ExitCode> {
             // Such as `vhd-util scan ... | head`.
             Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
                 diskio::say!("{name}: cannot write: {error}");
-                ExitCode::FAILURE
+                ExitStatus::Failed.into()
             }
             _ => ExitCode::SUCCESS,
         },

@@ -36,7 +36,7 @@ mod walk;
 
 use clap::CommandFactory;
 use cli::{Cli, Verb};
-use control::{json_line, shown, shown_lines, Code, Failure};
+use control::{json_line, shown, shown_lines, ExitStatus, Failure};
 use diskio::Runtime;
 use image_spec::ImageSpec;
 use open::{ImageOpener, Use};
@@ -91,12 +91,12 @@ fn main() -> ExitCode {
     let json = cli.json;
     match run(cli) {
         Ok(VerbOutcome::Good) => ExitCode::SUCCESS,
-        Ok(VerbOutcome::Bad) => ExitCode::from(1),
+        Ok(VerbOutcome::Bad) => ExitStatus::Found.into(),
         // Such as `tapimg map ... | head`.
         Err(Error::Output(error)) if error.kind() == io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
         Err(Error::Output(error)) => {
             let _ = writeln!(io::stderr(), "tapimg: cannot write: {error}");
-            ExitCode::from(6)
+            ExitStatus::Failed.into()
         }
         Err(Error::Failed(failure)) => {
             if json {
@@ -106,18 +106,8 @@ fn main() -> ExitCode {
                 }
             }
             let _ = writeln!(io::stderr(), "tapimg: {}", shown(&failure.to_string()));
-            ExitCode::from(status(failure.code))
+            ExitStatus::from(failure.code).into()
         }
-    }
-}
-
-/// As tap-ctl, but for 1, which says that an image differs or is damaged.
-fn status(code: Code) -> u8 {
-    match code {
-        Code::Invalid => 2,
-        Code::Busy => 3,
-        Code::NotFound => 4,
-        _ => 6,
     }
 }
 
@@ -286,9 +276,8 @@ fn print(cli: &Cli, out: &mut impl Write, json: &impl Serialize, text: &str) -> 
 
 #[cfg(test)]
 mod tests {
-    use super::{status, Cli};
+    use super::Cli;
     use clap::{CommandFactory, Parser};
-    use control::Code;
 
     #[test]
     fn description_is_sound() {
@@ -362,14 +351,5 @@ mod tests {
         ] {
             assert!(Cli::try_parse_from(line.split(' ')).is_err(), "{line}");
         }
-    }
-
-    #[test]
-    fn exit_status_is_that_of_tap_ctl() {
-        assert_eq!(
-            [Code::Invalid, Code::Busy, Code::NotFound].map(status),
-            [2, 3, 4]
-        );
-        assert_eq!(status(Code::Image), 6);
     }
 }

@@ -159,7 +159,7 @@ fn names_the_cluster(image: &str) -> Result<()> {
     let said = sh::status(&["tap-ctl", "status", "--hung", "2"], LIMIT)?;
     let cause = format!("the Ceph cluster of rbd:{image} does not answer");
     ensure!(
-        said.rc == 2 && said.text.contains(&cause) && said.text.contains("ceph -s"),
+        said.rc == 7 && said.text.contains(&cause) && said.text.contains("ceph -s"),
         "`tap-ctl status` ends with {} and does not say that {cause}: {}",
         said.rc,
         said.text

@@ -209,7 +209,7 @@ fn status(context: &mut Context) -> Result<()> {
     let mut writer = write("/dev/xvdk", &phy)?;
     let (code, said_hung) = said(SLOW)?;
     let hung = of(&said_hung, "xvdk")?;
-    ensure!(code == 2, "the exit code is {code}, not 2: {said_hung}");
+    ensure!(code == 7, "the exit code is {code}, not 7: {said_hung}");
     ensure!(
         hung["state"] == "hung" && hung["cause"] == "storage" && hung["kind"] == "phy",
         "the disk that hangs is not named: {hung}"

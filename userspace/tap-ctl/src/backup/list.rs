@@ -125,7 +125,7 @@ pub(super) fn verify(cli: &Cli, dir: &Path) -> Result<ExitCode, Error> {
     }
     Ok(match good {
         true => ExitCode::SUCCESS,
-        false => ExitCode::FAILURE,
+        false => control::ExitStatus::Found.into(),
     })
 }
 

@@ -12,7 +12,7 @@ mod tests;
 use crate::host::Host;
 use crate::{print, Cli, Error};
 use control::supervisor::{Reply, Request};
-use control::{Channel, Failure};
+use control::{Channel, ExitStatus, Failure};
 pub(crate) use driver::is_ours;
 use initramfs::ListedFiles;
 use serde::Serialize;
@@ -22,7 +22,7 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
-/// How good something is; the number is the exit code.
+/// How good something is, from which the exit code follows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "kebab-case")]
 enum FindingGrade {
@@ -43,11 +43,11 @@ impl FindingGrade {
         }
     }
 
-    fn exit_code(self) -> u8 {
+    fn exit_status(self) -> ExitStatus {
         match self {
-            FindingGrade::Ok => 0,
-            FindingGrade::Warn => 1,
-            FindingGrade::Bad => 2,
+            FindingGrade::Ok => ExitStatus::Done,
+            FindingGrade::Warn => ExitStatus::Found,
+            FindingGrade::Bad => ExitStatus::GuestWaits,
         }
     }
 }
@@ -110,7 +110,7 @@ pub(crate) fn run(cli: &Cli) -> Result<ExitCode, Error> {
     } else {
         crate::say(&text(&report))?;
     }
-    Ok(ExitCode::from(report.grade.exit_code()))
+    Ok(report.grade.exit_status().into())
 }
 
 /// Returns the findings, as text for people.

@@ -93,8 +93,8 @@ fn a_host_that_is_well_has_nothing_to_do() {
     let report = seen(&well());
     assert_eq!(trouble(&report), Vec::<&Finding>::new());
     assert_eq!(
-        (report.grade, report.grade.exit_code()),
-        (FindingGrade::Ok, 0)
+        (report.grade, report.grade.exit_status()),
+        (FindingGrade::Ok, control::ExitStatus::Done)
     );
     let text = text(&report);
     assert!(text.contains("ok    xen: Xen 4.20.0\n"), "{text}");

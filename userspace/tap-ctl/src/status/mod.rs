@@ -15,7 +15,7 @@ use crate::sample::{look, HostSample, Kind, SampledDisk, Supervisor};
 use crate::sample_delta::Figures;
 use crate::{cli, print, Cli, Error};
 use control::stats::Direct;
-use control::{Code, Failure};
+use control::{Code, ExitStatus, Failure};
 use serde::Serialize;
 use std::cmp::Reverse;
 use std::path::PathBuf;
@@ -64,7 +64,7 @@ pub(crate) struct Line {
 /// Verdicts on all disks.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Report {
-    /// The worst of all severities, which is the exit code.
+    /// The worst of all severities: 0, 1 or 2, with which the exit code is 0, 1 or 7.
     pub(crate) severity: u8,
     /// One for each disk, the worst first.
     pub(crate) disks: Vec<Line>,
@@ -268,7 +268,7 @@ pub(crate) fn run(cli: &Cli, asked: &cli::Status) -> Result<ExitCode, Error> {
     } else {
         crate::say(&format::text(&report, asked.extended))?;
     }
-    Ok(ExitCode::from(report.severity))
+    Ok(ExitStatus::of_severity(report.severity).into())
 }
 
 #[cfg(test)]

@@ -58,7 +58,7 @@ impl Bed {
     fn refused(&self, options: &str) -> String {
         let before = self.list();
         let output = self.with_fault(None, options);
-        assert_eq!(output.status.code(), Some(1), "{output:?}");
+        assert_eq!(output.status.code(), Some(6), "{output:?}");
         let why = errors(&output);
         assert!(!self.is_frozen(), "{why}");
         assert_eq!(self.list(), before, "{why}");
@@ -171,7 +171,7 @@ fn a_program_freezes_and_thaws() {
         let before = bed.list();
         let output = bed.with_fault(None, &options(limit));
         let why = errors(&output);
-        assert_eq!(output.status.code(), Some(1), "{why}");
+        assert_eq!(output.status.code(), Some(6), "{why}");
         assert!(why.contains(word), "{why}");
         assert_eq!(why.contains("`xl sysrq 3 j`"), how == "hang", "{why}");
         assert!(verbs(&bed).starts_with("freeze 3\nthaw 3\n"), "{how}");

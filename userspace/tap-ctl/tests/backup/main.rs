@@ -390,7 +390,7 @@ fn kill_copies(options: &str) {
         fs::remove_file(bed.path("at/fault")).expect("remove");
         assert_eq!(bed.list(), before, "{fault}");
         if fault.starts_with('f') || fault.starts_with('s') {
-            assert_eq!(output.status.code(), Some(1));
+            assert_eq!(output.status.code(), Some(6));
             // The program itself has cleaned up.
             bed.assert_clean();
             bed.assert_marked_once();
@@ -428,7 +428,7 @@ fn a_supervisor_or_process_that_ends_at_any_step_makes_no_gap() {
     bed.state().failing_merges = 5;
     let before = bed.list().len();
     let output = bed.with_fault(None, "");
-    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    assert_eq!(output.status.code(), Some(6), "{output:?}");
     assert_eq!(bed.list().len(), before + 1);
     assert!(bed.state().disks[0].overlay.is_some());
     bed.back_up("");
@@ -456,7 +456,7 @@ fn the_disk_of_a_guest_that_was_shut_down_is_merged() {
     // If the image may have changed since, nothing is merged.
     mode(&disk.own, 0o600);
     let refused = bed.run(&line);
-    assert_eq!(refused.status.code(), Some(1), "{refused:?}");
+    assert_eq!(refused.status.code(), Some(6), "{refused:?}");
     assert!(overlay.exists() && fs::read(&disk.own).expect("read") != disk.content);
     mode(&disk.own, 0o400);
     fs::remove_file(bed.path("at/fault")).expect("remove");
@@ -494,7 +494,7 @@ fn writes_that_a_started_guest_lacks_are_not_removed() {
             format!("backup {} DIR {}", &vbd[12..13], bed.tool()),
         ] {
             let refused = bed.run(&line);
-            assert_eq!(refused.status.code(), Some(1), "{vbd}: {refused:?}");
+            assert_eq!(refused.status.code(), Some(6), "{vbd}: {refused:?}");
             let why = String::from_utf8_lossy(&refused.stderr).into_owned();
             assert!(why.contains(&overlay.display().to_string()), "{why}");
             assert!(overlay.exists(), "{vbd}");
@@ -518,7 +518,7 @@ fn disks_without_snapshots_are_refused_before_anything_is_begun() {
         let target = target.replace("DIR", &dir.display().to_string());
         bed.state().disks[0].shown = Some((target.parse().expect(&target), Mode::Write));
         let refused = bed.run(&format!("backup 3 DIR {}", bed.tool()));
-        assert_eq!(refused.status.code(), Some(1), "{refused:?}");
+        assert_eq!(refused.status.code(), Some(6), "{refused:?}");
         let why = String::from_utf8_lossy(&refused.stderr).into_owned();
         assert!(why.contains(word), "{why}");
         bed.state().disks[0].shown = None;
@@ -554,7 +554,7 @@ fn a_damaged_backup_is_found_and_not_restored() {
     let problems = verified["backups"].as_array().expect("a list").iter();
     assert_eq!(problems.filter(|one| one["problem"].is_string()).count(), 2);
     let restored = bed.run(&format!("restore DIR aio:SRV/new.img {}", bed.tool()));
-    assert_eq!(restored.status.code(), Some(1), "{restored:?}");
+    assert_eq!(restored.status.code(), Some(6), "{restored:?}");
     assert!(!bed.path("srv/new.img").exists());
     // A missing one makes the next one full.
     fs::write(&file, good).expect("write");

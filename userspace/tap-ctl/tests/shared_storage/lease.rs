@@ -86,7 +86,7 @@ fn client_that_cannot_be_fenced_keeps_its_lock() {
     alpha.attach(&alpha.disk(3, 51712, "rbd:vms/web", "w"));
     cluster.write("images/vms/web/lock", "101 shared\n");
     beta.fail("ceph", 13, "Error EACCES: access denied");
-    let why = refused(&break_off(&beta, "101"), 1);
+    let why = refused(&break_off(&beta, "101"), 6);
     assert!(
         why.contains("osd blocklist of rbd:vms/web failed: Error EACCES"),
         "{why}"

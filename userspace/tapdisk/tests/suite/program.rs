@@ -249,11 +249,11 @@ fn command_line_explains_itself() {
         Some(2)
     );
     let failed = run(&["--node", "/nonexistent", "ram:1M"]);
-    assert_eq!(failed.status.code(), Some(1));
+    assert_eq!(failed.status.code(), Some(6));
     let text = String::from_utf8(failed.stderr).unwrap();
     assert!(text.contains("cannot open the node /nonexistent"), "{text}");
     let failed = run(&["--node", "/dev/null", "ram:1M"]);
-    assert_eq!(failed.status.code(), Some(1));
+    assert_eq!(failed.status.code(), Some(6));
     let text = String::from_utf8(failed.stderr).unwrap();
     assert!(text.contains("cannot use the node"), "{text}");
 }

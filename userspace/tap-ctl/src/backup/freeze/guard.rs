@@ -134,7 +134,7 @@ pub(crate) fn run(means: &str, seconds: u64) -> ExitCode {
                 why,
                 is_thawed: true,
             });
-            ExitCode::FAILURE
+            control::ExitStatus::Failed.into()
         }
     }
 }
