@@ -118,7 +118,7 @@ Examples:
   tap-ctl commit web xvda aio:/srv/a.img --wait   # or merges the new one into the frozen one
   tap-ctl mirror web xvda aio:/dev/vg/b --wait   # copies the disk there, and serves it from there
   tap-ctl migrate-out web beta          # the guest and its disks, to another host
-  tap-ctl trace web xvda --to /dev/shm/web   # writes down what the guest asks for
+  tap-ctl trace web xvda --output /dev/shm/web   # writes down what the guest asks for
   tap-ctl handoff web xvda              # a new process for the disk
   tap-ctl handoff --all                 # after an upgrade: new processes for all disks
   tap-ctl create -a aio:/srv/a.img      # a disk without a guest; prints its minor, its process and its size
@@ -330,7 +330,7 @@ pub(crate) enum Verb {
     /// storage of the file only if the host has no room for dirty pages: use storage that is as fast as the disk, or
     /// memory (/dev/shm), and not the storage of the disk.
     ///
-    /// Without --to and --end it says what is on.
+    /// Without --output and --end it says what is on.
     #[command(after_help = TRACE)]
     Trace(Trace),
     /// Show the counters of a disk since it was made, or since its process and blktapctrl ended at once
@@ -343,7 +343,8 @@ pub(crate) enum Verb {
     ///
     /// Its backing images are found and checked only when a disk is made: tapimg info --chain names those that would be
     /// refused.
-    Check(Check),
+    #[command(alias = "check")]
+    Probe(Probe),
     /// Have all disks let go of the kernel's module, so that it can be exchanged: xen-blkback-rs exchange does that
     ///
     /// No guest may be attached to one. Their processes end in order, and their nodes go; their images, their memory
@@ -466,7 +467,7 @@ const TRACE: &str = "\
 A number alone is still that of a node, as before; the next release takes it for a guest.
 
 Examples:
-  tap-ctl trace web xvda --to /dev/shm/web --data
+  tap-ctl trace web xvda --output /dev/shm/web --data
   tap-ctl trace web xvda --end";
 
 const HANDOFF: &str = "\
@@ -769,8 +770,8 @@ pub(crate) struct Image {
     #[arg(long, value_name = "PATH")]
     pub(crate) files: Vec<PathBuf>,
     /// The driver of a parent whose child does not say it, which qcow: never does: aio for a raw one
-    #[arg(long, value_name = "DRIVER")]
-    pub(crate) parents: Option<Driver>,
+    #[arg(long, alias = "parents", value_name = "DRIVER")]
+    pub(crate) parent_kind: Option<Driver>,
 }
 
 /// The names of engines.
@@ -899,7 +900,7 @@ pub(crate) struct Create {
 
 /// An image to look at.
 #[derive(Debug, Args)]
-pub(crate) struct Check {
+pub(crate) struct Probe {
     /// Target that would be served
     #[arg(short = 'a', long = "args", value_name = "TARGET")]
     pub(crate) target: String,
@@ -961,8 +962,14 @@ pub(crate) struct Watch {
     #[arg(long, value_name = "MS", default_value_t = SLOW_MS, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) slow: u32,
     /// Call a disk hung whose oldest request waits for so many seconds; a disk without such a count is watched so long
-    #[arg(long, value_name = "SECONDS", default_value_t = HUNG_S, value_parser = clap::value_parser!(u32).range(1..))]
-    pub(crate) hung: u32,
+    #[arg(
+        long,
+        alias = "hung",
+        value_name = "SECONDS",
+        default_value_t = HUNG_S,
+        value_parser = clap::value_parser!(u32).range(1..)
+    )]
+    pub(crate) hung_after: u32,
 }
 
 const STATUS: &str = "\

@@ -10,7 +10,7 @@ const GROUPS: [(&str, &[&str]); 5] = [
     (
         "See the state",
         &[
-            "status", "list", "top", "stats", "events", "metrics", "doctor", "report", "check",
+            "status", "list", "top", "stats", "events", "metrics", "doctor", "report", "probe",
         ],
     ),
     (

@@ -341,10 +341,10 @@ fn request(verb: &Verb) -> Result<Request, Failure> {
         Verb::Stats(which) => Request::Stats(named(which)),
         Verb::Create(create) => Request::Create(Box::new(self::create(create)?)),
         Verb::Destroy(end) => destroy(end),
-        Verb::Check(check) => Request::Check(supervisor::Check {
-            target: target(&check.target, check.vbd.as_deref())?,
-            mode: check.mode,
-            vbd: check.vbd.clone(),
+        Verb::Probe(probe) => Request::Check(supervisor::Check {
+            target: target(&probe.target, probe.vbd.as_deref())?,
+            mode: probe.mode,
+            vbd: probe.vbd.clone(),
         }),
         Verb::Park { timeout } => Request::Park {
             timeout_s: *timeout,
@@ -427,7 +427,7 @@ fn image(image: &Image, target: Target) -> Open {
     Open {
         engine: image.engine.into(),
         discard: !image.no_discard,
-        parents: image.parents,
+        parents: image.parent_kind,
         ..Open::new(target)
     }
 }
@@ -599,12 +599,12 @@ mod tests {
         assert_eq!(create.vbd.as_deref(), Some("backend/vbd/3/51712"));
         let line = "tap-ctl create --no-wait --vbd backend/vbd/3/51712 -a ram:1M";
         assert!(matches!(parse(line), Ok(Request::Create(create)) if create.no_wait));
-        let line = "tap-ctl check --vbd backend/vbd/3/51712 --mode r -a /srv/a.img";
+        let line = "tap-ctl probe --vbd backend/vbd/3/51712 --mode r -a /srv/a.img";
         assert!(matches!(parse(line), Ok(Request::Check(check)) if check.mode == Mode::Read));
         let line = "tap-ctl create --files /srv/base.img --files /srv/parts -a aio:/srv/a.img";
         let named = ["/srv/base.img", "/srv/parts"].map(std::path::PathBuf::from);
         assert!(matches!(parse(line), Ok(Request::Create(create)) if create.files == named));
-        let line = "tap-ctl create -a qcow:/srv/a.qcow --parents raw";
+        let line = "tap-ctl create -a qcow:/srv/a.qcow --parent-kind raw";
         let parents = Some(control::Driver::Aio);
         assert!(
             matches!(parse(line), Ok(Request::Create(create)) if create.open.parents == parents)
@@ -613,6 +613,43 @@ mod tests {
         assert!(matches!(parse(line), Ok(Request::Unpause { files, .. }) if files == named[..1]));
         // By hand a driver is named.
         assert_eq!(parse("tap-ctl create -a /srv/a.img"), Err(Code::Invalid));
+    }
+
+    /// Scripts have the words of earlier versions.
+    #[test]
+    fn older_words_mean_the_same_and_are_hidden() {
+        for (old, new) in [
+            ("check -a aio:/srv/a.img", "probe -a aio:/srv/a.img"),
+            (
+                "create -a qcow:/a --parents raw",
+                "create -a qcow:/a --parent-kind raw",
+            ),
+            (
+                "trace web xvda --to /dev/shm/web",
+                "trace web xvda -o /dev/shm/web",
+            ),
+        ] {
+            let [old, new] = [old, new].map(|line| parse(&format!("tap-ctl {line}")));
+            assert!(new.is_ok() && old == new, "{old:?} {new:?}");
+        }
+        for verb in ["status", "report", "metrics"] {
+            for option in ["hung", "hung-after"] {
+                let line = format!("tap-ctl {verb} --{option} 7");
+                assert!(Cli::try_parse_from(line.split(' ')).is_ok(), "{line}");
+            }
+        }
+        let mut command = Cli::command();
+        command.build();
+        for (verb, option) in [
+            ("status", "--hung "),
+            ("create", "--parents"),
+            ("trace", "--to "),
+        ] {
+            let verb = command.find_subcommand_mut(verb).expect("a verb");
+            let text = verb.render_long_help().to_string();
+            assert!(!text.contains(option), "{text}");
+        }
+        assert!(!command.render_help().to_string().contains("  check"));
     }
 
     #[test]

@@ -11,7 +11,7 @@ pub(crate) fn request(asked: &cli::Trace) -> Result<Request, Failure> {
     if asked.end {
         return Ok(Request::EndTrace(which));
     }
-    let to = asked.to.as_ref().map(|file| {
+    let to = asked.output.as_ref().map(|file| {
         let path = std::path::absolute(file)
             .map_err(|error| Failure::system(format!("cannot find {}", file.display()), &error))?;
         Ok(TraceTo {

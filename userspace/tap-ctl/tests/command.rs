@@ -48,7 +48,7 @@ fn a_word_in_place_of_a_number_is_told_with_its_option() {
 fn a_reader_that_goes_away_is_no_panic() {
     let root = tempfile::tempdir().expect("a folder");
     let mut child = program(root.path())
-        .args(["report", "--hung", "1"])
+        .args(["report", "--hung-after", "1"])
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()

@@ -22,8 +22,8 @@ pub(crate) struct Cli {
     #[arg(long, global = true)]
     pub(crate) json: bool,
     /// Kind of a parent whose child does not name it: qcow images never do, old qcow2 images may not
-    #[arg(long, global = true, value_name = "KIND")]
-    pub(crate) parents: Option<ParentKind>,
+    #[arg(long, alias = "parents", global = true, value_name = "KIND")]
+    pub(crate) parent_kind: Option<ParentKind>,
     /// File that is the parent of an image and not where that says, or folder with such files; may be repeated
     #[arg(long, global = true, value_name = "FILE|FOLDER")]
     pub(crate) parent_at: Vec<PathBuf>,
@@ -72,7 +72,7 @@ Examples:
   tapimg commit qcow2:/srv/c.qcow2                  # c.qcow2 is merged into a.qcow2, which is the disk then
   tapimg rebase qcow2:/srv/c.qcow2 --no-parent      # c.qcow2 gets all content, and has no backing image
   tapimg serve qcow2:/srv/a.qcow2 /run/a.sock       # to nbdinfo, qemu-img, nbdcopy and fio, until ctrl-C
-  tapimg replay guest.trace aio:/srv/copy.img --to 120
+  tapimg replay guest.trace aio:/srv/copy.img --until 120
                                                     # a guest's requests (tap-ctl trace), up to number 120
 
 An image is locked while it is used, as tapdisk does: no other program may use an image that is changed, and
@@ -438,8 +438,8 @@ or at --from; one from later is right, too, as long as it was made before the en
 Requests are replayed in the order in which they took effect. Failed ones are left out; those without a result, because a
 process died with them, are replayed. Discarded parts read as zeroes.
 The disk after a crash at a flush, for any of them (--list --json names them):
-  cp before.img try.img && tapimg replay guest.trace aio:try.img --to 1042
-Continue from there with --from 1043 --to another one. If a window is not complete, the image does not change.")]
+  cp before.img try.img && tapimg replay guest.trace aio:try.img --until 1042
+Continue from there with --from 1043 --until another one. If a window is not complete, the image does not change.")]
 pub(crate) struct Replay {
     /// The file
     pub(crate) trace: PathBuf,
@@ -450,8 +450,8 @@ pub(crate) struct Replay {
     #[arg(long, value_name = "NUMBER|TIME")]
     pub(crate) from: Option<Point>,
     /// The last request, in the same way
-    #[arg(long, value_name = "NUMBER|TIME")]
-    pub(crate) to: Option<Point>,
+    #[arg(long, alias = "to", value_name = "NUMBER|TIME")]
+    pub(crate) until: Option<Point>,
     /// Print the requests instead: number, seconds since the trace began, operation, and result
     #[arg(long)]
     pub(crate) list: bool,

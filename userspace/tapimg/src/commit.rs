@@ -174,7 +174,7 @@ async fn parent_of(
     }
     below(opener, image, &needs).ok_or_else(|| {
         Failure::invalid(format!(
-            "{image} does not say what its parent is: say it with --parents"
+            "{image} does not say what its parent is: say it with --parent-kind"
         ))
     })
 }

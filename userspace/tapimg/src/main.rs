@@ -127,7 +127,7 @@ fn run(cli: Cli) -> Result<VerbOutcome, Error> {
             )
             .into());
         }
-        return serve::serve(args, cli.parents.map(|kind| kind.0), cli.json);
+        return serve::serve(args, cli.parent_kind.map(|kind| kind.0), cli.json);
     }
     if let Some(parent) = cli.die_with {
         part::die_with(parent)?;
@@ -142,7 +142,7 @@ fn run(cli: Cli) -> Result<VerbOutcome, Error> {
         Verb::Info(info) if info.unlocked => Use::Look,
         _ => Use::Read,
     };
-    let parents = cli.parents.map(|kind| kind.0);
+    let parents = cli.parent_kind.map(|kind| kind.0);
     let opener = ImageOpener {
         moved: moved(&cli.parent_at)?,
         follow: cli.follow,
@@ -313,7 +313,7 @@ mod tests {
             "tapimg compare vhd:/a qcow2:/b --changed /d --rate 1.5G",
             "tapimg check --repair qcow2:/a",
             "tapimg compare --strict aio:/a raw:/b",
-            "tapimg map --layer --parents aio qcow:/a",
+            "tapimg map --layer --parent-kind aio qcow:/a",
             "tapimg resize aio:/a 10G --shrink --lose-data",
             "tapimg rebase qcow2:/a --parent vhd:/b --unsafe",
             "tapimg rebase qcow2:/a --no-parent --progress",
@@ -321,8 +321,11 @@ mod tests {
             "tapimg convert vhdx:/a qcow2:/b --parent-at /srv/old --parent-at /srv/c.vhdx",
             "tapimg snapshot qcow2:/a vhd:/b",
             "tapimg commit vhd:/b --progress",
-            "tapimg replay /a.trace aio:/b --from 5 --to 2s",
+            "tapimg replay /a.trace aio:/b --from 5 --until 2s",
             "tapimg replay /a.trace --list --json",
+            // Words of earlier versions.
+            "tapimg replay /a.trace aio:/b --to 2s",
+            "tapimg map --parents aio qcow:/a",
             "tapimg serve --write --allow /b qcow2:a.qcow2 a.sock",
             "tapimg serve cow:qcow2:/a a.sock --json --export a",
         ] {
@@ -337,7 +340,7 @@ mod tests {
             "tapimg create qcow2:/a 1G --sector-size 1024",
             "tapimg convert aio:/a",
             "tapimg convert aio:/a aio:/b --rate 0",
-            "tapimg map --parents png qcow:/a",
+            "tapimg map --parent-kind png qcow:/a",
             "tapimg resize aio:/a 10G --lose-data",
             "tapimg rebase qcow2:/a",
             "tapimg replay /a.trace",

@@ -78,7 +78,7 @@ pub(crate) async fn replay(
     args: &Replay,
     image: &ImageSpec,
 ) -> Result<ReplayResult, Failure> {
-    let window = Window::open(&args.trace, args.from, args.to)?;
+    let window = Window::open(&args.trace, args.from, args.until)?;
     refuse_marked(image)?;
     refuse_damage(opener, image).await?;
     let file = opener.file(&image.path, Use::Write).await?;
@@ -204,7 +204,7 @@ async fn discard(disk: &Disk, offset: u64, len: u64) -> Result<(), Errno> {
 
 /// Writes what is in a window, as it is found: it may be long.
 pub(crate) fn list(args: &Replay, json: bool, out: &mut dyn Write) -> Result<(), Error> {
-    let window = Window::open(&args.trace, args.from, args.to)?;
+    let window = Window::open(&args.trace, args.from, args.until)?;
     let header = window.trace.header();
     if json {
         let (first, last) = window.has.unzip();

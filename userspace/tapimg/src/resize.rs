@@ -183,7 +183,7 @@ async fn qcow2_of(
     if let Some(parent) = &needs.parent {
         let found = below(opener, image, &needs).ok_or_else(|| {
             Failure::invalid(format!(
-                "it does not say what its parent {:?} is: say it with --parents",
+                "it does not say what its parent {:?} is: say it with --parent-kind",
                 parent.names.first().map_or("", String::as_str)
             ))
         })?;

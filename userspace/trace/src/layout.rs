@@ -123,7 +123,7 @@ impl TraceHeader {
             .map_err(|_| no_trace("it has no header of a trace: it is too short"))?;
         if stored.magic != MAGIC {
             return Err(no_trace(
-                "it is no file that `tap-ctl trace MINOR --to FILE` has written",
+                "it is no file that `tap-ctl trace MINOR --output FILE` has written",
             ));
         }
         let version = stored.version.get();

@@ -156,7 +156,7 @@ fn network_cut(context: &mut Context) -> Result<()> {
 
 /// Checks that `tap-ctl status` names the image and its cluster as what does not answer.
 fn names_the_cluster(image: &str) -> Result<()> {
-    let said = sh::status(&["tap-ctl", "status", "--hung", "2"], LIMIT)?;
+    let said = sh::status(&["tap-ctl", "status", "--hung-after", "2"], LIMIT)?;
     let cause = format!("the Ceph cluster of rbd:{image} does not answer");
     ensure!(
         said.rc == 7 && said.text.contains(&cause) && said.text.contains("ceph -s"),

@@ -59,7 +59,13 @@ pub(super) const LIMIT: Duration = Duration::from_secs(60);
 /// Returns the exit code of `tap-ctl status`, and its report. A request counts as slow after `slow` milliseconds.
 pub(super) fn said(slow: &str) -> Result<(i32, Value)> {
     let argv = [
-        "tap-ctl", "--json", "status", "--hung", HUNG, "--slow", slow,
+        "tap-ctl",
+        "--json",
+        "status",
+        "--hung-after",
+        HUNG,
+        "--slow",
+        slow,
     ];
     let output = sh::status(&argv, LIMIT)?;
     let said = serde_json::from_str(&output.stdout)
@@ -97,7 +103,7 @@ fn write(device: &str, vbd: &AttachedVbd) -> Result<Child> {
 
 /// Checks that `tap-ctl report` does not wait for a disk that hangs, and names it.
 fn report(served: &tap::ServedDisk) -> Result<()> {
-    let words = ["tap-ctl", "report", "--hung", HUNG];
+    let words = ["tap-ctl", "report", "--hung-after", HUNG];
     let told = sh::run_for(&words, LIMIT)?;
     for wanted in [
         "dmsetup resume vmtest-slow",
@@ -232,7 +238,7 @@ fn status(context: &mut Context) -> Result<()> {
             && well["kind"] == "tap",
         "the disk beside it is said to hang: {well}"
     );
-    let metrics = tap::ctl(&["metrics", "--hung", HUNG])?;
+    let metrics = tap::ctl(&["metrics", "--hung-after", HUNG])?;
     let guest = own_label()?;
     for line in [
         format!(r#"xen_disk_severity{{guest="{guest}",vdev="xvdk",kind="phy"}} 2"#),

@@ -108,7 +108,7 @@ fn named(slow: &str, wanted: i32, state: &str, cause: &str) -> Result<Value> {
 
 /// The metrics have the same verdict on xvdk; returns them.
 fn measured(slow: &str, kind: &str, state: &str, cause: &str) -> Result<String> {
-    let metrics = tap::ctl(&["metrics", "--hung", HUNG, "--slow", slow])?;
+    let metrics = tap::ctl(&["metrics", "--hung-after", HUNG, "--slow", slow])?;
     let guest = own_label()?;
     let start = format!(r#"xen_disk_verdict{{guest="{guest}",vdev="xvdk",kind="{kind}","#);
     // Between them the minor of a tap disk.

@@ -32,7 +32,9 @@ fn replayed(context: &mut Context) -> Result<()> {
     let target = format!("direct=yes,aio:{worked}");
     let disk = ServedDisk::attach(guest, &tap::disk(&target, VDEV, "w"))?;
     let minor = disk.minor.to_string();
-    tap::ctl(&["trace", &minor, "--to", TRACE, "--data", "--size", "256M"])?;
+    tap::ctl(&[
+        "trace", &minor, "--output", TRACE, "--data", "--size", "256M",
+    ])?;
     let load = start_load(guest)?;
     for _ in 0..3 {
         wait_progress(&disk, 50)?;

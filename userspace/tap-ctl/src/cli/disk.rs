@@ -286,13 +286,13 @@ pub(crate) struct Trace {
     #[command(flatten)]
     pub(crate) which: Which,
     /// Begin, in this file, where nothing may be
-    #[arg(long, value_name = "FILE", conflicts_with = "end")]
-    pub(crate) to: Option<PathBuf>,
+    #[arg(short, long, alias = "to", value_name = "FILE", conflicts_with = "end")]
+    pub(crate) output: Option<PathBuf>,
     /// Store the data of writes, too: then the writes can be replayed
-    #[arg(long, requires = "to")]
+    #[arg(long, requires = "output")]
     pub(crate) data: bool,
     /// Bytes of the file, 16M to 64G
-    #[arg(long, default_value = "64M", requires = "to", value_parser = control::typed_size)]
+    #[arg(long, default_value = "64M", requires = "output", value_parser = control::typed_size)]
     pub(crate) size: u64,
     /// End
     #[arg(long)]
@@ -362,7 +362,7 @@ mod tests {
             ("scrub", ""),
             ("stream", " --show"),
             ("dirty", " --mark a"),
-            ("trace", " --to /dev/shm/a"),
+            ("trace", " --output /dev/shm/a"),
             ("handoff", " -t 5"),
             ("mirror", " aio:/srv/b.img --wait"),
             ("mirror", " --cancel"),

@@ -99,7 +99,7 @@ impl Watch {
             interval: Duration::from_secs(watch.interval.into()),
             limits: Limits {
                 slow: Duration::from_millis(watch.slow.into()),
-                hung: Duration::from_secs(watch.hung.into()),
+                hung: Duration::from_secs(watch.hung_after.into()),
             },
         }
     }

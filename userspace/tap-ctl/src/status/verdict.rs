@@ -127,6 +127,8 @@ impl fmt::Display for OldestRequest {
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub(crate) struct Verdict {
     /// How it is.
+    pub(crate) verdict: State,
+    /// Older name of `verdict`, which a later version drops. In `tap-ctl list` `state` is that of the process.
     pub(crate) state: State,
     /// For how long, if it is hung.
     pub(crate) oldest: Option<OldestRequest>,
@@ -142,6 +144,7 @@ impl Verdict {
     /// Nothing but a state.
     pub(crate) fn new(state: State, why: impl Into<String>) -> Verdict {
         Verdict {
+            verdict: state,
             state,
             oldest: None,
             cause: None,

@@ -75,7 +75,7 @@ fn other_targets_stay_with_their_process() {
         host.add(&disk);
         let last = host.calls();
         let asked =
-            format!("tap-ctl check --vbd /local/domain/0/backend/vbd/3/51712 --mode w -a {target}");
+            format!("tap-ctl probe --vbd /local/domain/0/backend/vbd/3/51712 --mode w -a {target}");
         assert!(last.contains(&asked), "{target}: {last}");
     }
 }

@@ -190,7 +190,7 @@ impl Window {
         };
         if !self.trace.header().data {
             return Err(self.refused(
-                "no request has its data: only a trace with data can be replayed: begin one with `tap-ctl trace MINOR --to FILE --data`",
+                "no request has its data: only a trace with data can be replayed: begin one with `tap-ctl trace MINOR --output FILE --data`",
             ));
         }
         let is_late = match self.from {
@@ -234,7 +234,7 @@ impl Window {
             let (first, last) = self.has.unwrap_or_default();
             self.refused(format!(
                 "request {number} cannot be replayed: {why}; the trace has {first} to {last}: choose others with --from \
-                 and --to"
+                 and --until"
             ))
         };
         if before.is_some_and(|before| before.checked_add(1) != Some(number)) {

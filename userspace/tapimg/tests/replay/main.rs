@@ -165,7 +165,7 @@ proptest! {
         place.good("create qcow2:c.qcow2 --parent aio:c.img");
         let list = place.json("replay t --list --json");
         let middle = (list["last"].as_u64().expect("a number") / 2).max(1);
-        place.good(&format!("replay t qcow2:c.qcow2 --to {middle}"));
+        place.good(&format!("replay t qcow2:c.qcow2 --until {middle}"));
         place.good(&format!("replay t qcow2:c.qcow2 --from {}", middle + 1));
         place.good("compare --strict aio:b.img qcow2:c.qcow2");
     }
@@ -194,7 +194,7 @@ fn a_prefix_is_what_there_was_at_a_flush() {
     let mut from = 1;
     for (number, model) in numbers.iter().zip(&flushed) {
         let done = place.json(&format!(
-            "--json replay t aio:b.img --from {from} --to {number}"
+            "--json replay t aio:b.img --from {from} --until {number}"
         ));
         assert_eq!(done["to"], *number);
         assert!(place.bytes("b.img") == *model, "at {number}");
@@ -271,12 +271,12 @@ fn without_data_it_is_a_list() {
     assert!(refused.contains("--data"), "{refused}");
     assert_eq!(
         place
-            .good("replay t --list --from 2 --to 3")
+            .good("replay t --list --from 2 --until 3")
             .lines()
             .count(),
         2
     );
-    assert_eq!(place.good("replay t --list --to 0s"), "");
+    assert_eq!(place.good("replay t --list --until 0s"), "");
 }
 
 /// The image of a disk that is served is in use.

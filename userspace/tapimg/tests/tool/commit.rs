@@ -27,7 +27,7 @@ fn chain(bench: &Bench, mid: &str, top: &str, seed: u64) {
             "aio" | "vmdk" => String::new(),
             _ => format!("--parent {below}"),
         };
-        bench.good(&format!("convert --parents aio aio:raw {to} {parent}"));
+        bench.good(&format!("convert --parent-kind aio aio:raw {to} {parent}"));
         below = to;
     }
     bench.good("convert aio:raw aio:before");
@@ -50,7 +50,7 @@ fn the_image_below_becomes_the_disk() {
         let bench = Bench::new();
         chain(&bench, mid, top, seed as u64);
         let own = bench.bytes("top");
-        let done = bench.json(&format!("commit {top}:top --parents aio"));
+        let done = bench.json(&format!("commit {top}:top --parent-kind aio"));
         assert!(done["written"].as_u64().unwrap() > 0, "{done}");
         assert_eq!(done["marked"], false, "{done}");
         assert!(

@@ -140,10 +140,10 @@ fn only_what_differs_from_a_parent_is_written() {
     ] {
         let child = format!("child.{kind}");
         bench.good(&format!(
-            "convert --parents aio aio:now {kind}:{child} --parent {parent}"
+            "convert --parent-kind aio aio:now {kind}:{child} --parent {parent}"
         ));
         bench.good(&format!(
-            "compare --strict --parents aio aio:now {kind}:{child}"
+            "compare --strict --parent-kind aio aio:now {kind}:{child}"
         ));
         let space = bench.allocated(&child);
         assert!(space < 3 << 20, "{kind}: {space}");

@@ -61,10 +61,10 @@ fn a_child_has_the_content_of_its_parent() {
         bench.sparse("raw", SIZE, &[(0, 70000), (8 << 20, 5 << 20)], 1);
         bench.good(&format!("convert aio:raw {parent}:parent"));
         bench.good(&format!("create {child}:child --parent {parent}:parent"));
-        let same = format!("compare --strict --parents aio aio:raw {child}:child");
+        let same = format!("compare --strict --parent-kind aio aio:raw {child}:child");
         bench.good(&same);
         let info = bench
-            .run(&format!("--parents aio info --chain {child}:child"))
+            .run(&format!("--parent-kind aio info --chain {child}:child"))
             .out;
         assert!(
             info.contains("parent: ") && info.contains(&format!("image: {parent}:")),

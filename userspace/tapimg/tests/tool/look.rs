@@ -91,8 +91,8 @@ fn a_parent_of_an_unknown_kind_is_not_guessed() {
     bench.qemu("qemu-img create -q -f qcow -F raw -b base a 4M");
     let said = bench.bad(1, "info qcow:a");
     assert!(said.contains("not guessed"), "{said}");
-    bench.good("info --parents aio qcow:a");
-    bench.good("compare --parents aio qcow:a aio:base");
+    bench.good("info --parent-kind aio qcow:a");
+    bench.good("compare --parent-kind aio qcow:a aio:base");
 }
 
 #[test]
@@ -136,7 +136,7 @@ fn a_map_of_a_layer_is_of_that_alone() {
     ] {
         let bench = Bench::new();
         let map = |layer: &str| {
-            let map = bench.json(&format!("map --parents {below} {layer} {kind}:top"));
+            let map = bench.json(&format!("map --parent-kind {below} {layer} {kind}:top"));
             let rows = map["extents"].as_array().unwrap().clone();
             let of = |row: &serde_json::Value, key: &str| row[key].as_u64().unwrap();
             let row = |row: &serde_json::Value| {
@@ -155,7 +155,7 @@ fn a_map_of_a_layer_is_of_that_alone() {
         // A block of each kind, where there is nothing below.
         bench.sparse("raw", 8 << 20, &[(0, 2 << 20), (4 << 20, 2 << 20)], 3);
         bench.good(&format!(
-            "convert --parents {below} aio:raw {kind}:top --force --parent {below}:base"
+            "convert --parent-kind {below} aio:raw {kind}:top --force --parent {below}:base"
         ));
         let own = [
             found(0, 4 << 20, "below"),

@@ -296,7 +296,7 @@ impl FormatRow {
             );
             if is_made {
                 bench.good(&format!(
-                    "compare --strict --parents {} aio:raw {child}:{child}",
+                    "compare --strict --parent-kind {} aio:raw {child}:{child}",
                     self.kind
                 ));
             }
@@ -339,14 +339,17 @@ impl FormatRow {
         bench.shell("cp raw other");
         bench.poke("other", 1 << 20, b"another one");
         let line = format!(
-            "--parents aio rebase {}:image --parent aio:other",
+            "--parent-kind aio rebase {}:image --parent aio:other",
             self.kind
         );
         self.try_line(&bench, &line, self.rebase);
-        let same = format!("--parents aio compare --strict aio:raw {}:image", self.kind);
+        let same = format!(
+            "--parent-kind aio compare --strict aio:raw {}:image",
+            self.kind
+        );
         bench.good(&same);
         bench.shell("cp raw expected");
-        let line = format!("--parents aio commit {}:image", self.kind);
+        let line = format!("--parent-kind aio commit {}:image", self.kind);
         self.try_line(&bench, &line, self.commit);
         if self.commit {
             let below = if self.rebase { "other" } else { "raw" };

@@ -32,7 +32,7 @@ fn a_parent_is_read_where_the_user_says_that_it_is() {
     for (parent, child) in PAIRS {
         let bench = Bench::new();
         moved(&bench, parent, child, "base");
-        let top = format!("{child}:vm/top --parents aio");
+        let top = format!("{child}:vm/top --parent-kind aio");
         let said = bench.run(&format!("convert {top} aio:copy"));
         assert_eq!(said.status, Some(4), "{parent} {child}: {said:?}");
         assert!(said.err.contains("--moved --parent"), "{said:?}");
@@ -53,7 +53,7 @@ fn a_child_is_told_where_its_parent_is_while_the_chain_is_broken() {
     for (parent, child) in PAIRS {
         let bench = Bench::new();
         moved(&bench, parent, child, "longer=name");
-        let top = format!("{child}:vm/top --parents aio");
+        let top = format!("{child}:vm/top --parent-kind aio");
         let line = format!("rebase {top} --moved --parent {parent}:new/longer=name");
         let done = bench.json(&line);
         let name = done["parent"].as_str().unwrap();

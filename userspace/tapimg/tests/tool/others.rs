@@ -128,8 +128,8 @@ fn headers_of_old_qcow2_images_are_understood() {
     bench.poke("a", 72, b"base-of-it.raw");
     bench.poke("a", 8, &72_u64.to_be_bytes());
     bench.poke("a", 16, &14_u32.to_be_bytes());
-    bench.good("compare --parents aio --strict aio:base qcow2:a");
-    bench.good("rebase --parents aio qcow2:a --parent aio:base");
+    bench.good("compare --parent-kind aio --strict aio:base qcow2:a");
+    bench.good("rebase --parent-kind aio qcow2:a --parent aio:base");
     bench.good("compare --strict aio:base qcow2:a");
     bench.qemu("qemu-img compare -f raw -F qcow2 base a");
     // The name of a format may have zeroes behind it.
@@ -148,7 +148,7 @@ fn names_with_a_colon_are_files() {
     for kind in ["qcow2", "vhd", "qcow"] {
         bench.good(&format!("create {kind}:a:c.{kind} --parent aio:a:b.raw"));
         bench.good(&format!(
-            "compare --parents aio --strict aio:a:b.raw {kind}:a:c.{kind}"
+            "compare --parent-kind aio --strict aio:a:b.raw {kind}:a:c.{kind}"
         ));
     }
     let names = bench.json("info qcow2:a:c.qcow2")[0]["parent"]["names"].clone();

@@ -24,7 +24,7 @@ fn chain(bench: &Bench, old: (&str, u64), new: (&str, u64), seed: u64) {
     bench.good(&format!("convert aio:new.raw {}:new", new.0));
     bench.good(&format!("create qcow2:top {SIZE} --parent {}:old", old.0));
     write_own(bench);
-    bench.good("convert --parents aio qcow2:top aio:before");
+    bench.good("convert --parent-kind aio qcow2:top aio:before");
 }
 
 /// A guest's writes to `top`, of data and of zeroes, by QEMU.
