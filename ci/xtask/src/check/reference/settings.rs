@@ -19,7 +19,7 @@ const TARGETS: [&str; 4] = [
     "docs/reference/targets.md",
     "ci/packaging/tapdisk.8",
     "userspace/tapdisk/src/main.rs",
-    "userspace/tap-ctl/src/cli.rs",
+    "userspace/tap-ctl/src/cli/notes.rs",
 ];
 
 pub(super) fn complaints(sources: &[Source]) -> Result<Vec<String>> {
