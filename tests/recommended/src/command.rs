@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! What each program shows of its command line: its help in the width of a terminal, and its manual page.
+//! Help in the width of a terminal, and manual pages that have all of a command line.
 
 use clap::{Arg, Command};
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What a terminal shows of a backup that is being taken.
+//! Progress of a backup on a terminal.
 
 use crate::pty::open_terminal;
 use crate::Bed;
