@@ -108,7 +108,7 @@ storage does not answer, and tap disks, which only xen-blkback-rs can serve.
 If this is killed in the middle, a guest may be left paused and a disk without a driver: the next run first puts
 that right.
 
-Exit status, as of all programs (docs/reference/exit-codes.md): 0 if the requested driver serves all disks, 1 if some are
+Exit status, with the numbers of tap-ctl(8): 0 if the requested driver serves all disks, 1 if some are
 not or the other one stays loaded, 2 for a wrong command line, 6 if nothing could be begun.";
 
 /// Other manual pages.

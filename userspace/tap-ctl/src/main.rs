@@ -731,6 +731,18 @@ mod tests {
     }
 
     #[test]
+    fn help_names_each_exit_code() {
+        let text = Cli::command().render_long_help().to_string();
+        let text = text.split_whitespace().collect::<Vec<_>>().join(" ");
+        let (_, text) = text.split_once("Exit status").expect("the codes");
+        for status in control::ExitStatus::ALL {
+            let code = status.number();
+            let is_named = [" if", " for"].map(|end| text.contains(&format!(" {code}{end}")));
+            assert!(is_named.contains(&true), "{code}: {text}");
+        }
+    }
+
+    #[test]
     fn help_says_what_a_verb_does_to_a_disk() {
         let mut command = Cli::command();
         for (verb, words) in [

@@ -119,7 +119,7 @@ Examples:
 SIGTERM ends it in order: what it has is finished first, the rest waits in the kernel for the next
 tapdisk. If it is killed, nothing is lost either, but for ram without blktapctrl.
 
-Exit status, as of all programs (docs/reference/exit-codes.md): 0 after SIGTERM or an exit that a supervisor requested, 2
+Exit status, with the numbers of tap-ctl(8): 0 after SIGTERM or an exit that a supervisor requested, 2
 for a wrong command line, 6 after an error.";
 
 fn main() -> ExitCode {

@@ -89,7 +89,7 @@ blktap's: see vhd-util --help.
 A new image has the name PATH.unfinished until it is whole and durable. If the work ends earlier,
 there is no part of an image under its own name, and a file that was to be replaced (--force) is as it was.
 
-Exit status, as of all programs (docs/reference/exit-codes.md): 0 if it was done and nothing is wrong, 1 if images differ
+Exit status, with the numbers of tap-ctl(8): 0 if it was done and nothing is wrong, 1 if images differ
 (compare), an image is damaged (check) or cannot be served as it is (info), 2 for a wrong command line, 3 if the image is
 in use, 4 if there is no such image, 6 if it failed for another reason.";
 

@@ -78,8 +78,8 @@ For trace, handoff and snapshot a number alone is still that of a node, as befor
 A guest's disk is made by xl, not by hand:
   disk = [ 'script=block-tap-rs,vdev=xvda,target=aio:/srv/a.img' ]
 
-Exit status, as of all programs (docs/reference/exit-codes.md): 0 if all was done, 1 if a check found something or some
-disks were left out, 2 for a wrong command line, 3 if the image or the disk is in use, 4 if there is no such disk or
+Exit status, with the same numbers in all programs: 0 if all was done, 1 if a check found something or some disks were
+left out, 2 for a wrong command line, 3 if the image or the disk is in use, 4 if there is no such disk or
 image, 5 if blktapctrl does not answer, 6 if it failed for another reason, 7 if status or doctor found that a guest
 waits or disks cannot be served. To destroy a disk that does not exist is 0.
 
