@@ -4,7 +4,7 @@
 mod pty;
 
 use rustix::event::{poll, PollFd, PollFlags, Timespec};
-use rustix::fs::{mkfifoat, open, Mode, OFlags, CWD};
+use rustix::fs::{mkfifoat, Mode, CWD};
 use rustix::process::{kill_process, pidfd_open, Pid, PidfdFlags, Signal};
 use rustix::termios::{tcgetattr, LocalModes, Termios};
 use std::fs;
