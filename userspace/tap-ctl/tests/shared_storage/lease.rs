@@ -102,9 +102,9 @@ fn what_the_cluster_refuses_is_named() {
     let key = "monclient(hunting): handle_auth_bad_method server allowed_methods [2] but i only support [2]\nrbd: couldn't connect to the cluster!";
     for (status, complaint, exit, words) in [
         (2, none, 4, "error opening image web"),
-        (13, key, 1, "handle_auth_bad_method"),
-        (13, key, 1, "id=, keyring="),
-        (5, "rbd: something else", 1, "rbd status"),
+        (13, key, 6, "handle_auth_bad_method"),
+        (13, key, 6, "id=, keyring="),
+        (5, "rbd: something else", 6, "rbd status"),
     ] {
         beta.fail("status", status, complaint);
         let why = refused(&beta.tap_ctl(&["lease", "show", TARGET]), exit);
