@@ -214,7 +214,7 @@ fn help_teaches_and_the_manual_is_there() {
     let help = bench.good("--help");
     for part in [
         "Examples:",
-        "Exit status:",
+        "Exit status,",
         "tap-ctl pause",
         "PATH.unfinished",
     ] {
