@@ -2,9 +2,9 @@
 //! A supervisor with the disks of guest 3: real files, of which each request of a backup does what blktapctrl would do.
 //! It ends the program that asks, or its own connection, at any request.
 
+use crate::rows::{disk_of, served};
 use control::stats::{Mirror, Mirroring};
 use control::supervisor::{Mode, Reply, Request, Row, Snapshot, Which};
-use control::tapdisk::{Disk, Engine, State};
 use control::{Changed, Channel, Code, Extent, Failure, Mark, MarkName, Target};
 use rustix::process::{kill_process, Pid, Signal};
 use std::collections::{BTreeMap, BTreeSet};
@@ -103,27 +103,9 @@ impl FakeDisk {
         let own = || (self.target(), Mode::Write);
         let (target, mode) = self.shown.clone().unwrap_or_else(own);
         Row {
-            minor: Some(self.minor),
-            pid: Some(1),
-            state: Some(State::Running),
-            kernel: None,
-            target: Some(target),
             mode: Some(mode),
-            vbd: Some(self.vbd.clone()),
-            disk: Some(Disk {
-                size: SIZE,
-                logical_block: 512,
-                physical_block: 512,
-                read_only: false,
-                discard: true,
-                engine: Engine::Auto,
-            }),
-            restarts: 0,
-            doing: None,
-            unknown: None,
-            stopped: None,
-            state_bytes: 0,
-            binary: None,
+            disk: Some(disk_of(SIZE)),
+            ..served(self.minor, &self.vbd, target)
         }
     }
 

@@ -8,6 +8,8 @@ mod host;
 mod progress;
 #[path = "../pty/mod.rs"]
 mod pty;
+#[path = "../common/rows.rs"]
+mod rows;
 mod tapimg;
 
 use control::supervisor::Mode;

@@ -2,8 +2,8 @@
 //! Hosts with disks: files that the kernel would show, a supervisor, and a xenstored that knows names of guests.
 
 use super::shell::ShellFolder;
-use control::supervisor::{Kernel, Mode, Reply, Request, Row, TopRow};
-use control::tapdisk::State;
+use crate::rows::served;
+use control::supervisor::{Kernel, Reply, Request, Row, TopRow};
 use control::{Channel, Code, Failure};
 use std::io::{Read, Write};
 use std::os::unix::net::UnixListener;
@@ -56,23 +56,12 @@ fn backend(shell: &ShellFolder, name: &str, major_minor: &str) {
 /// Disk 0, which a process serves.
 fn row(target: &str, vbd: &str) -> Row {
     Row {
-        minor: Some(0),
         pid: Some(2101),
-        state: Some(State::Running),
         kernel: Some(Kernel {
             state: "live".into(),
             ..Kernel::default()
         }),
-        target: Some(target.parse().expect("a target")),
-        mode: Some(Mode::Write),
-        vbd: Some(vbd.into()),
-        disk: None,
-        restarts: 0,
-        doing: None,
-        unknown: None,
-        stopped: None,
-        state_bytes: 0,
-        binary: None,
+        ..served(0, vbd, target.parse().expect("a target"))
     }
 }
 

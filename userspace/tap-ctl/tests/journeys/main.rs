@@ -7,6 +7,8 @@ mod disks;
 #[path = "../backup/host.rs"]
 #[allow(dead_code, reason = "the faults are for the tests of backups")]
 mod host;
+#[path = "../common/rows.rs"]
+mod rows;
 mod shell;
 #[path = "../backup/tapimg.rs"]
 mod tapimg;

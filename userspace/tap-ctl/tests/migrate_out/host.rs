@@ -2,9 +2,9 @@
 //! A supervisor with the disks of guest 3, which are files: a mirror is copied through the real export, and events are
 //! sent when the guest is suspended.
 
+use crate::rows::{disk_of, served};
 use control::stats::{Mirror, Mirroring};
 use control::supervisor::{Event, Mode, Reply, Request, Row, What};
-use control::tapdisk::{Disk, Engine, State};
 use control::wire::Envelope;
 use control::{Channel, Failure, Target};
 use std::fs;
@@ -105,28 +105,11 @@ impl HostState {
 }
 
 fn row((minor, disk): (u32, &FakeDisk)) -> Row {
+    let vbd = format!("backend/vbd/3/{}", disk.device);
     Row {
-        minor: Some(minor),
-        pid: Some(1),
-        state: Some(State::Running),
-        kernel: None,
-        target: Some(disk.target.clone()),
         mode: Some(disk.mode),
-        vbd: Some(format!("backend/vbd/3/{}", disk.device)),
-        disk: Some(Disk {
-            size: SIZE,
-            logical_block: 512,
-            physical_block: 512,
-            read_only: false,
-            discard: true,
-            engine: Engine::Auto,
-        }),
-        restarts: 0,
-        doing: None,
-        unknown: None,
-        stopped: None,
-        state_bytes: 0,
-        binary: None,
+        disk: Some(disk_of(SIZE)),
+        ..served(minor, &vbd, disk.target.clone())
     }
 }
 

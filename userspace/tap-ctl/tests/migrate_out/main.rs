@@ -3,6 +3,8 @@
 //! and its end are not.
 
 mod host;
+#[path = "../common/rows.rs"]
+mod rows;
 #[path = "../backup/tapimg.rs"]
 mod tapimg;
 
