@@ -7,9 +7,19 @@ mod rbd;
 use crate::cli::LeaseVerb;
 use control::{Code, Failure, LeaseKind, Target};
 use lease::{date, Holder, HolderIsDead, Lease, LeaseClaim, LeaseView};
-use rbd::CephImage;
+use rbd::{BrokenCephLock, CephImage};
+use serde::Serialize;
 use serde_json::{json, Value};
 use std::path::Path;
+
+/// A lease that was broken.
+#[derive(Serialize)]
+struct BrokenLease {
+    /// Always `free`.
+    state: &'static str,
+    /// The holder that it had; nothing if it had none.
+    was: Option<Holder>,
+}
 
 /// Runs the verb; returns the output for people and for programs.
 pub(crate) fn run(verb: &LeaseVerb) -> Result<(String, Value), Failure> {
@@ -31,7 +41,7 @@ pub(crate) fn run(verb: &LeaseVerb) -> Result<(String, Value), Failure> {
             if let Some(image) = CephImage::of_target(image) {
                 let was = image?.break_off(*holder_is_dead)?;
                 let text = format!("state=free was={}\n", rbd::words(&was));
-                return Ok((text, json!({ "state": "free", "was": was })));
+                return Ok((text, json!(BrokenCephLock { state: "free", was })));
             }
             let mut lease = find(image)?;
             let view = lease.inspect();
@@ -54,7 +64,11 @@ pub(crate) fn run(verb: &LeaseVerb) -> Result<(String, Value), Failure> {
                 Some(was) => format!("state=free was={}\n", holder(was)),
                 None => "state=free\n".into(),
             };
-            Ok((text, json!({ "state": "free", "was": broken })))
+            let told = BrokenLease {
+                state: "free",
+                was: broken,
+            };
+            Ok((text, json!(told)))
         }
     }
 }

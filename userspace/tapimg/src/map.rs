@@ -4,8 +4,10 @@
 use crate::cli::Map;
 use crate::open::{failed, ImageOpener};
 use crate::Error;
+use control::json_line;
 use drivers::{Content, Extent};
-use std::io::Write;
+use serde::Serialize;
+use std::io::{self, Write};
 
 /// Bytes for which extents are requested at once.
 const SOME: u64 = 1 << 30;
@@ -51,6 +53,40 @@ pub(crate) async fn map(
     rows.end()
 }
 
+/// Data of a disk.
+#[derive(Serialize)]
+struct DiskExtents {
+    /// The image, as the command line names it.
+    image: String,
+    /// Bytes of the disk.
+    size: u64,
+    /// Ranges of the disk, in order: all of it.
+    extents: [MapRange; 0],
+}
+
+/// A range of a disk.
+#[derive(Serialize)]
+struct MapRange {
+    /// First byte.
+    offset: u64,
+    /// Bytes.
+    length: u64,
+    /// Content of the range.
+    content: MapContent,
+}
+
+/// Content of a range.
+#[derive(Serialize)]
+#[serde(rename_all = "kebab-case")]
+enum MapContent {
+    /// Data.
+    Data,
+    /// Zeroes, which take no space.
+    Hole,
+    /// The content of the backing image, with `--layer`.
+    Below,
+}
+
 struct Rows<'o> {
     out: &'o mut dyn Write,
     json: bool,
@@ -61,13 +97,14 @@ impl Rows<'_> {
     fn begin(&mut self, image: &str, size: u64) -> Result<(), Error> {
         match self.json {
             true => {
-                let image = serde_json::Value::from(image).to_string();
-                let image = control::shown_json(&image);
-                write!(
-                    self.out,
-                    "{{\"json_version\":{},\"image\":{image},\"size\":{size},\"extents\":[",
-                    control::JSON_VERSION
-                )?;
+                let map = DiskExtents {
+                    image: image.into(),
+                    size,
+                    extents: [],
+                };
+                // The ranges follow in the same object.
+                let begin = json_line(&map).map_err(io::Error::other)?;
+                write!(self.out, "{}", begin.trim_end_matches("]}"))?;
             }
             false => writeln!(self.out, "{:>18} {:>18} CONTENT", "OFFSET", "LENGTH")?,
         }
@@ -84,10 +121,17 @@ impl Rows<'_> {
         match self.json {
             true => {
                 let comma = if self.count > 0 { "," } else { "" };
-                write!(
-                    self.out,
-                    "{comma}{{\"offset\":{offset},\"length\":{length},\"content\":\"{content}\"}}"
-                )?;
+                let range = MapRange {
+                    offset,
+                    length,
+                    content: match extent.content {
+                        Content::Data => MapContent::Data,
+                        Content::Hole => MapContent::Hole,
+                        Content::Below => MapContent::Below,
+                    },
+                };
+                let range = serde_json::to_string(&range).map_err(io::Error::other)?;
+                write!(self.out, "{comma}{range}")?;
             }
             false => writeln!(self.out, "{offset:>18} {length:>18} {content}")?,
         }

@@ -9,14 +9,14 @@ use crate::image_spec::ImageSpec;
 use crate::open::{failed, ImageOpener, Use};
 use crate::progress::bytes;
 use crate::Error;
-use control::{Code, Failure};
+use control::{json_line, Code, Failure};
 use diskio::{Bytes, Errno};
 use drivers::{Attributes, Content, Disk};
 use formats::Options;
 use serde::Serialize;
-use serde_json::json;
 use std::fs;
-use std::io::Write;
+use std::io::{self, Write};
+use std::path::Path;
 use trace::{Operation, TraceEntry, TraceRecord, What, BLOCK};
 pub(crate) use window::Point;
 use window::{ReplayOutcome, Window};
@@ -202,19 +202,67 @@ async fn discard(disk: &Disk, offset: u64, len: u64) -> Result<(), Errno> {
     Ok(())
 }
 
+/// Requests of a trace.
+#[derive(Serialize)]
+struct TraceListing<'a> {
+    /// File of the trace.
+    trace: &'a Path,
+    /// Number of the disk.
+    minor: u32,
+    /// Sectors of the disk.
+    sectors: u64,
+    /// Begin of the trace, in milliseconds since 1970.
+    started_ms: u64,
+    /// The trace has the data of writes.
+    data: bool,
+    /// Number of the first request that the file has; nothing if it has none.
+    first: Option<u64>,
+    /// Number of the last request; nothing if there is none.
+    last: Option<u64>,
+    /// Requests, in the order of their arrival.
+    requests: [ListedRequest; 0],
+}
+
+/// A request of a trace.
+#[derive(Serialize)]
+struct ListedRequest {
+    /// Number of the request.
+    number: u64,
+    /// Nanoseconds from the begin of the trace to the request.
+    time_ns: u64,
+    /// `read`, `write`, `flush`, `discard` or `write-zeroes`.
+    operation: String,
+    /// First sector of 512 bytes.
+    sector: u64,
+    /// Number of sectors.
+    sectors: u64,
+    /// Flags of the request: `fua`, `preflush`, `replay`, or `nbd` for one of an NBD client.
+    flags: Vec<&'static str>,
+    /// `ok`, `error-` with the number of the error, or `unknown`: the request may or may not have been carried out.
+    result: String,
+    /// Bytes of data that the trace has for the request.
+    data: usize,
+}
+
 /// Writes what is in a window, as it is found: it may be long.
 pub(crate) fn list(args: &Replay, json: bool, out: &mut dyn Write) -> Result<(), Error> {
     let window = Window::open(&args.trace, args.from, args.until)?;
     let header = window.trace.header();
     if json {
         let (first, last) = window.has.unzip();
-        let begin = json!({
-            "json_version": control::JSON_VERSION, "trace": args.trace, "minor": header.minor, "sectors": header.sectors, "started_ms": header.started_ms,
-            "data": header.data, "first": first, "last": last,
-        });
+        let begin = TraceListing {
+            trace: &args.trace,
+            minor: header.minor,
+            sectors: header.sectors,
+            started_ms: header.started_ms,
+            data: header.data,
+            first,
+            last,
+            requests: [],
+        };
         // The requests follow in the same object.
-        let begin = begin.to_string();
-        write!(out, "{},\"requests\":[", begin.trim_end_matches('}'))?;
+        let begin = json_line(&begin).map_err(io::Error::other)?;
+        write!(out, "{}", begin.trim_end_matches("]}"))?;
     }
     let mut is_first = true;
     for number in window.trace.segments() {
@@ -228,7 +276,9 @@ pub(crate) fn list(args: &Replay, json: bool, out: &mut dyn Write) -> Result<(),
             let outcome = window.outcome(record.number);
             if json {
                 let comma = if is_first { "" } else { "," };
-                write!(out, "{comma}{}", row(record, &entry, outcome))?;
+                let row = ListedRequest::of(record, &entry, outcome);
+                let row = serde_json::to_string(&row).map_err(io::Error::other)?;
+                write!(out, "{comma}{row}")?;
             } else {
                 out.write_all(line(record, &entry, outcome).as_bytes())?;
             }
@@ -241,13 +291,19 @@ pub(crate) fn list(args: &Replay, json: bool, out: &mut dyn Write) -> Result<(),
     Ok(out.flush()?)
 }
 
-fn row(record: &TraceRecord, entry: &TraceEntry, outcome: ReplayOutcome) -> serde_json::Value {
-    let flags: Vec<_> = entry.flags.names().collect();
-    json!({
-        "number": record.number, "time_ns": record.time_ns, "operation": entry.operation.to_string(),
-        "sector": entry.sector, "sectors": entry.sectors, "flags": flags, "result": outcome.to_string(),
-        "data": record.data.len(),
-    })
+impl ListedRequest {
+    fn of(record: &TraceRecord, entry: &TraceEntry, outcome: ReplayOutcome) -> ListedRequest {
+        ListedRequest {
+            number: record.number,
+            time_ns: record.time_ns,
+            operation: entry.operation.to_string(),
+            sector: entry.sector,
+            sectors: entry.sectors,
+            flags: entry.flags.names().collect(),
+            result: outcome.to_string(),
+            data: record.data.len(),
+        }
+    }
 }
 
 fn line(record: &TraceRecord, entry: &TraceEntry, outcome: ReplayOutcome) -> String {

@@ -41,10 +41,19 @@ const AREAS: &[(&str, &str, &[&str])] = &[
     ("seeds", "tests/seeds/", &[]),
     // Reads the sources of all programs, whose tests use it.
     ("recommended", "tests/recommended/", &[]),
+    // Reads the pages that tests of programs compare with output.
+    ("jsonpages", "tests/jsonpages/", &[]),
     (
         "userspace",
         "userspace/",
-        &["ring", "diskio", "tapdev", "recommended", "seeds"],
+        &[
+            "ring",
+            "diskio",
+            "tapdev",
+            "recommended",
+            "jsonpages",
+            "seeds",
+        ],
     ),
     ("trouble", "tests/trouble/", &[]),
     ("xtask", "ci/", &["trouble"]),

@@ -45,6 +45,15 @@ pub(super) struct CephClient {
     is_here: bool,
 }
 
+/// A client that was fenced.
+#[derive(Debug, Serialize)]
+pub(super) struct BrokenCephLock {
+    /// Always `free`.
+    pub(super) state: &'static str,
+    /// The client, which has the image no more.
+    pub(super) was: CephClient,
+}
+
 /// Holders of an image.
 #[derive(Debug, PartialEq, Eq, Serialize)]
 #[serde(tag = "state", rename_all = "lowercase")]

@@ -14,6 +14,7 @@ mod tapimg;
 
 use control::supervisor::Mode;
 use host::{mode, Fault, HostState, SIZE};
+use jsonpages::JsonPages;
 use serde_json::Value;
 use std::collections::BTreeSet;
 use std::fs;
@@ -100,7 +101,10 @@ impl Bed {
             .expect("started");
         state.run_by(child.id());
         drop(state);
-        child.wait_with_output().expect("it ends")
+        let output = child.wait_with_output().expect("it ends");
+        let printed = String::from_utf8_lossy(&output.stdout);
+        JsonPages::check_line("tap-ctl", line, &printed);
+        output
     }
 
     fn tool(&self) -> String {
@@ -152,7 +156,7 @@ impl Bed {
             let (id, vdev) = (text("id"), text("vdev"));
             let image = self.path("restored");
             let line = format!(
-                "restore DIR aio:{} --vdev {vdev} --id {id} --force {}",
+                "restore DIR aio:{} --vdev {vdev} --id {id} --force --json {}",
                 image.display(),
                 self.tool()
             );
@@ -469,6 +473,9 @@ fn the_disk_of_a_guest_that_was_shut_down_is_merged() {
         0o600
     );
     assert!(bed.good(&line).contains("nothing to do"));
+    assert!(bed
+        .good(&format!("{line} --json"))
+        .contains("\"kept\":false"));
     bed.good("backup verify DIR");
 }
 

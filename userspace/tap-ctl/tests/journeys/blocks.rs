@@ -115,7 +115,7 @@ fn trace_of_a_guest(shell: &ShellFolder) {
 }
 
 /// Host alpha uses a disk.
-fn lease_of_another_host(shell: &ShellFolder) {
+pub(crate) fn lease_of_another_host(shell: &ShellFolder) {
     let image = shell.path("srv/a.img");
     fs::write(&image, [0; 512]).expect("an image");
     let mut claim = LeaseClaim::new("guest 3, xvda (minor 0)").expect("an identity");

@@ -4,6 +4,7 @@
 
 mod blocks;
 mod disks;
+mod documented;
 #[path = "../backup/host.rs"]
 #[allow(dead_code, reason = "the faults are for the tests of backups")]
 mod host;

@@ -9,6 +9,7 @@ mod rows;
 mod tapimg;
 
 use host::{bytes, is_export, HostState, SIZE};
+use jsonpages::JsonPages;
 use serde_json::Value;
 use std::fs;
 use std::io::Read;
@@ -95,7 +96,10 @@ impl TwoHosts {
             .expect("started");
         state.program = Some(child.id());
         drop(state);
-        child.wait_with_output().expect("it ends")
+        let output = child.wait_with_output().expect("it ends");
+        let printed = String::from_utf8_lossy(&output.stdout);
+        JsonPages::check_line("tap-ctl", &format!("migrate-out {options}"), &printed);
+        output
     }
 
     fn good(&self, options: &str) -> Value {

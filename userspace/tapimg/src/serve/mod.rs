@@ -30,6 +30,7 @@ struct ReadyMessage {
     size: u64,
     /// Bytes of a block, the unit of requests.
     block: u32,
+    /// Clients cannot write.
     read_only: bool,
     /// Process that serves.
     pid: u32,

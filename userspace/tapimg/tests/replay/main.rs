@@ -6,6 +6,7 @@ mod common;
 
 use common::guest::{step, Guest, Step};
 use common::watched::{Raw, Watched};
+use jsonpages::JsonPages;
 use proptest::prelude::*;
 use proptest::test_runner::Config;
 use serde_json::Value;
@@ -90,7 +91,9 @@ impl ReplayFolder {
     }
 
     fn json(&self, line: &str) -> Value {
-        serde_json::from_str(&self.good(line)).expect("json")
+        let printed = self.good(line);
+        JsonPages::check_line("tapimg", line, &printed);
+        serde_json::from_str(&printed).expect("json")
     }
 
     fn bytes(&self, name: &str) -> Vec<u8> {

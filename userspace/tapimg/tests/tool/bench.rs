@@ -2,6 +2,7 @@
 //! Folders with images, and the programs that are run in them.
 
 pub(crate) use crate::qemu::has_qemu;
+use jsonpages::JsonPages;
 use rustix::fs::{fcntl_lock, FlockOperation};
 use rustix::process::{kill_process, Pid, Signal};
 use serde_json::Value;
@@ -73,6 +74,7 @@ impl Bench {
         );
         assert!(said.status.is_some(), "tapimg {line}: {said:?}");
         assert!(!said.err.contains("panicked"), "tapimg {line}: {said:?}");
+        JsonPages::check_line("tapimg", line, &said.out);
         said
     }
 

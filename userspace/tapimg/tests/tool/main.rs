@@ -8,6 +8,7 @@ mod commit;
 mod compat;
 mod convert;
 mod create;
+mod documented;
 mod encrypted;
 mod esxi;
 mod files;

@@ -56,6 +56,10 @@ const BLOCKS: &[Block] = &[
         page: "docs/reference/json-tools.md",
     },
     Block {
+        name: "tapimg",
+        page: "docs/reference/json-tapimg.md",
+    },
+    Block {
         name: "backups",
         page: "docs/reference/json-backup.md",
     },

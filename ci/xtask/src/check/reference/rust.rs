@@ -75,7 +75,7 @@ pub(super) struct SerdeWords {
     pub(super) into: Option<String>,
     /// The field may be missing in the output.
     pub(super) may_be_missing: bool,
-    /// The field is never in the output, or the variant is only read.
+    /// The field is never in the output.
     pub(super) is_skipped: bool,
     pub(super) is_flattened: bool,
 }
@@ -100,9 +100,9 @@ pub(super) fn serde_words(attrs: &[Attribute]) -> Result<SerdeWords> {
                 "rename_all" => words.rename_all = value,
                 "into" => words.into = value,
                 "skip_serializing_if" => words.may_be_missing = true,
-                "skip" | "other" => words.is_skipped = true,
+                "skip" => words.is_skipped = true,
                 "flatten" => words.is_flattened = true,
-                "default" | "try_from" | "alias" | "deny_unknown_fields" => {}
+                "default" | "other" | "try_from" | "alias" | "deny_unknown_fields" => {}
                 other => return Err(meta.error(format!("the word {other} of serde is unknown"))),
             }
             Ok(())

@@ -2,196 +2,16 @@
 //! The JSON of the programs: tables of the types that they print, made from their definitions.
 
 mod definitions;
+mod pages;
 
 use super::super::source::Source;
 use super::in_cell;
 use super::rust::{doc, serde_words, SerdeWords};
 use anyhow::{bail, Context, Result};
 use definitions::{Definition, Definitions};
+use pages::{PrintedType, PAGES};
 use std::collections::{BTreeMap, VecDeque};
 use syn::{Fields, GenericArgument, Item, PathArguments, Type};
-
-/// Types that a command prints: the commands, and the type with the file that defines it.
-type PrintedType = (&'static str, &'static str, &'static str);
-
-/// Blocks of pages. A type that several blocks need is on the page of the first one.
-const PAGES: &[(&str, &str, &[PrintedType])] = &[
-    (
-        "events",
-        "events.md",
-        &[(
-            "`tap-ctl events`",
-            "userspace/control/src/supervisor/event.rs",
-            "Event",
-        )],
-    ),
-    (
-        "disks",
-        "json-disks.md",
-        &[
-            (
-                "`tap-ctl list`",
-                "userspace/tap-ctl/src/list.rs",
-                "ListedDisks",
-            ),
-            (
-                "`tap-ctl report`",
-                "userspace/tap-ctl/src/report.rs",
-                "HostReport",
-            ),
-            (
-                "`tap-ctl lease show`, of an image of Ceph,",
-                "userspace/tap-ctl/src/lease/rbd.rs",
-                "CephView",
-            ),
-        ],
-    ),
-    (
-        "counters",
-        "json-counters.md",
-        &[("`tap-ctl stats`", "userspace/control/src/stats.rs", "Stats")],
-    ),
-    (
-        "status",
-        "json-status.md",
-        &[
-            (
-                "`tap-ctl status`",
-                "userspace/tap-ctl/src/status/mod.rs",
-                "Report",
-            ),
-            (
-                "`tap-ctl top`",
-                "userspace/tap-ctl/src/top/plain.rs",
-                "Shown",
-            ),
-        ],
-    ),
-    (
-        "answers",
-        "json-answers.md",
-        &[
-            (
-                "Each other verb of `tap-ctl`",
-                "userspace/control/src/supervisor.rs",
-                "Reply",
-            ),
-            (
-                "`tap-ctl handoff --all`",
-                "userspace/tap-ctl/src/handoff.rs",
-                "Summary",
-            ),
-            (
-                "`tap-ctl lease show`",
-                "userspace/lease/src/lib.rs",
-                "LeaseView",
-            ),
-        ],
-    ),
-    (
-        "tools",
-        "json-tools.md",
-        &[
-            (
-                "`tap-ctl doctor`",
-                "userspace/tap-ctl/src/doctor/mod.rs",
-                "Report",
-            ),
-            ("`tapimg info`", "userspace/tapimg/src/info.rs", "Facts"),
-            (
-                "`tapimg create`",
-                "userspace/tapimg/src/made.rs",
-                "MadeImage",
-            ),
-            (
-                "`tapimg convert`",
-                "userspace/tapimg/src/made.rs",
-                "ConvertResult",
-            ),
-            (
-                "`tapimg check`",
-                "userspace/tapimg/src/check.rs",
-                "Findings",
-            ),
-            (
-                "`tapimg compare`",
-                "userspace/tapimg/src/compare.rs",
-                "DiskDifference",
-            ),
-            (
-                "`tapimg commit`",
-                "userspace/tapimg/src/commit.rs",
-                "CommitResult",
-            ),
-            (
-                "`tapimg rebase`",
-                "userspace/tapimg/src/rebase.rs",
-                "RebaseResult",
-            ),
-            (
-                "`tapimg resize`",
-                "userspace/tapimg/src/resize.rs",
-                "ResizeResult",
-            ),
-            (
-                "`tapimg snapshot`",
-                "userspace/tapimg/src/snapshot.rs",
-                "SnapshotAnswer",
-            ),
-            (
-                "`tapimg replay`",
-                "userspace/tapimg/src/replay.rs",
-                "ReplayResult",
-            ),
-            (
-                "`xen-blkback-rs takeover`",
-                "userspace/takeover/src/rebind.rs",
-                "SwapOutcome",
-            ),
-            (
-                "`xen-blkback-rs exchange`",
-                "userspace/takeover/src/module_exchange.rs",
-                "ExchangeResult",
-            ),
-        ],
-    ),
-    (
-        "backups",
-        "json-backup.md",
-        &[
-            (
-                "`tap-ctl backup`",
-                "userspace/tap-ctl/src/backup/mod.rs",
-                "BackupResult",
-            ),
-            (
-                "`tap-ctl backup list`",
-                "userspace/tap-ctl/src/backup/list.rs",
-                "BackupList",
-            ),
-            (
-                "`tap-ctl backup verify`",
-                "userspace/tap-ctl/src/backup/list.rs",
-                "VerifiedBackups",
-            ),
-            (
-                "`tap-ctl backup repair`",
-                "userspace/tap-ctl/src/backup/mod.rs",
-                "RepairResult",
-            ),
-            (
-                "`tap-ctl restore`",
-                "userspace/tap-ctl/src/backup/restore.rs",
-                "RestoreResult",
-            ),
-            (
-                "`tap-ctl migrate-out`",
-                "userspace/tap-ctl/src/migrate_out/mod.rs",
-                "MoveResult",
-            ),
-        ],
-    ),
-];
 
 /// Returns the tables of each block, with its name.
 pub(super) fn all(sources: &[Source]) -> Result<Vec<(&'static str, String)>> {
@@ -216,9 +36,10 @@ fn tables(
         for (commands, path, root) in *roots {
             let definition = definitions.in_file(path, root)?;
             let link = writer.link(definition);
-            writer
-                .text
-                .push_str(&format!("{commands} prints {link}.\n\n"));
+            if !commands.is_empty() {
+                let line = format!("{commands} prints {link}.\n\n");
+                writer.text.push_str(&line);
+            }
         }
         while let Some(definition) = writer.pending.pop_front() {
             writer
@@ -526,6 +347,7 @@ mod tests {
                 depth: Option<f64> },
             /// Another.
             Other(Rest),
+            /// One of a newer program.
             #[serde(other)]
             Newer,
         }
@@ -550,7 +372,11 @@ mod tests {
         ] {
             assert!(one.contains(part), "{part}: {one}");
         }
-        assert!(!one.contains("hidden") && !one.contains("newer"), "{one}");
+        assert!(
+            one.contains("| `newer` | One of a newer program. |"),
+            "{one}"
+        );
+        assert!(!one.contains("hidden"), "{one}");
     }
 
     #[test]
