@@ -6,7 +6,7 @@ mod modules;
 mod xen_host;
 
 use clap::{CommandFactory, Parser, Subcommand, ValueEnum};
-use control::ExitStatus;
+use control::{Code, ExitStatus, Failure};
 use manual::Generated;
 use std::io;
 use std::process::ExitCode;
@@ -119,7 +119,7 @@ fn main() -> ExitCode {
     if let Some(TakeoverVerb::Generate { what }) = cli.verb {
         return match manual::write(TakeoverCli::command(), what, SEE_ALSO, &mut io::stdout()) {
             Ok(()) => ExitCode::SUCCESS,
-            Err(error) => failed(&error),
+            Err(error) => failed(&error, false),
         };
     }
     let done = match cli.verb {
@@ -131,11 +131,18 @@ fn main() -> ExitCode {
     match done {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitStatus::Found.into(),
-        Err(error) => failed(&error),
+        Err(error) => failed(&error, cli.json),
     }
 }
 
-fn failed(error: &io::Error) -> ExitCode {
+fn failed(error: &io::Error, json: bool) -> ExitCode {
+    if json {
+        // The message on the standard error says it as well.
+        let failure = Failure::new(Code::System, error.to_string());
+        if let Ok(line) = control::json_line(&serde_json::json!({ "error": failure })) {
+            println!("{line}");
+        }
+    }
     eprintln!("xen-blkback-takeover: {error}");
     ExitStatus::Failed.into()
 }
@@ -284,6 +291,7 @@ mod tests {
             };
             let verb = match (verb.as_str(), rest.is_empty()) {
                 ("enable" | "disable" | "status", true) => return Ok(()),
+                ("status", false) if rest == ["--json"] => return Ok(()),
                 ("takeover", _) => None,
                 ("exchange", _) => Some("exchange"),
                 _ => return Err(format!("{verb} is no verb, or takes no arguments")),

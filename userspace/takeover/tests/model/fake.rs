@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! A host that is none, at which each call may fail.
 
+use jsonpages::JsonPages;
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::io;
+use std::sync::OnceLock;
 use std::time::Duration;
 use takeover::rings::RingHead;
 use takeover::{
@@ -222,7 +224,9 @@ impl FakeHost {
     }
 
     pub(crate) fn run(&self, to: BackendDriver) -> io::Result<Vec<SwapOutcome>> {
-        take_over(self, self.plan(to), &[], |_| ())
+        take_over(self, self.plan(to), &[], |outcome| {
+            assert_documented("takeover", outcome);
+        })
     }
 
     /// Checks that a dry run changes nothing, and names the disks that an earlier attempt has left.
@@ -548,4 +552,12 @@ impl Host for FakeHost {
     fn is_interrupted(&self) -> bool {
         false
     }
+}
+
+/// Compares what a verb of xen-blkback-rs prints for programs with the pages of the reference.
+pub(crate) fn assert_documented(verb: &str, result: &impl serde::Serialize) {
+    static PAGES: OnceLock<JsonPages> = OnceLock::new();
+    let pages = PAGES.get_or_init(JsonPages::of_checkout);
+    let line = control::json_line(result).expect("JSON");
+    pages.assert_documented(&format!("xen-blkback-rs {verb}"), &line);
 }

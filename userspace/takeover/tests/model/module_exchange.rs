@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The module is exchanged below all disks, or none.
 
-use super::fake::{device, FakeHost, HostFault, Version};
+use super::fake::{assert_documented, device, FakeHost, HostFault, Version};
 use std::io;
 use std::time::Duration;
 use takeover::{exchange, BackendDriver, Exchange, ExchangeResult};
@@ -25,7 +25,9 @@ fn upgraded() -> FakeHost {
 }
 
 fn run(fake: &FakeHost) -> io::Result<ExchangeResult> {
-    exchange(fake, PLAN)
+    let result = exchange(fake, PLAN)?;
+    assert_documented("exchange", &result);
+    Ok(result)
 }
 
 #[test]
