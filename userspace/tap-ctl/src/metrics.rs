@@ -541,4 +541,6 @@ fn of_process(disk: &SampledDisk) -> Vec<(Labels, &'static str, &control::stats:
 }
 
 #[cfg(test)]
+mod dashboard;
+#[cfg(test)]
 mod tests;
