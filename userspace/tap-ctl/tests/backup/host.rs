@@ -61,6 +61,8 @@ pub(crate) struct HostState {
     /// Requests since the last [`HostState::begin`].
     pub(crate) requests: usize,
     fault: Option<(usize, Fault)>,
+    /// Bytes in a second of each merge that was requested.
+    pub(crate) merge_rates: Vec<u64>,
     /// Merges that fail before one succeeds.
     pub(crate) failing_merges: u32,
     program: Option<u32>,
@@ -277,6 +279,7 @@ impl HostState {
                 taken: self.snapshots(&disks)?,
             },
             Request::Commit { which, to } => {
+                self.merge_rates.push(to.rate);
                 let fails = self.failing_merges > 0;
                 self.failing_merges = self.failing_merges.saturating_sub(1);
                 let disk = self.disk(&which)?;

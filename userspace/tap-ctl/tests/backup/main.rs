@@ -8,6 +8,8 @@ mod host;
 mod progress;
 #[path = "../pty/mod.rs"]
 mod pty;
+mod rate;
+mod replaced;
 #[path = "../common/rows.rs"]
 mod rows;
 mod tapimg;
@@ -33,7 +35,7 @@ struct Bed {
 /// A tapimg that counts its calls, and kills its parent or fails at one of them.
 const WRAPPER: &str = r#"#!/bin/sh
 [ "$1" = --die-with ] || exec "$REAL" "$@"
-echo x >>"$AT/calls"
+echo "$*" >>"$AT/calls"
 n=$(wc -l <"$AT/calls")
 fault=$(cat "$AT/fault" 2>/dev/null)
 case "$fault" in
