@@ -11,6 +11,7 @@ mod create;
 mod documented;
 mod encrypted;
 mod esxi;
+mod file_system;
 mod files;
 mod footers;
 mod look;
