@@ -2,6 +2,7 @@
 //! tapimg, which copies, compares and merges images.
 
 use control::{Code, Driver, Extent, Failure, Target};
+use rustix::process::{kill_process, Pid, Signal};
 use serde::Deserialize;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use std::ffi::OsString;
@@ -235,7 +236,9 @@ impl CopyTool {
                 };
             }
             if may_stop && self.check().is_err() {
-                child.kill().map_err(|error| self.failed(&error))?;
+                // By a signal after which tapimg removes the image that it has begun.
+                kill_process(Pid::from_child(child), Signal::TERM)
+                    .map_err(|error| self.failed(&error.into()))?;
                 let status = child.wait().map_err(|error| self.failed(&error))?;
                 return self.check().map(|()| status);
             }

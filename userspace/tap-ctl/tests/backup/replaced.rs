@@ -100,8 +100,11 @@ fn a_restore_replaces_all_of_a_used_image_with_zeroes_too() {
 #[test]
 fn a_restore_replaces_the_tables_of_a_used_image() {
     let used = UsedImage::new(SIZE);
+    let other = used.bed.path("other");
+    fs::write(&other, &used.old).expect("written");
     crate::tapimg(&format!(
-        "convert aio:{0} qcow2:{0} --force",
+        "convert aio:{} qcow2:{} --force",
+        other.display(),
         used.image.display()
     ));
     let tables = used.content();

@@ -23,10 +23,9 @@ const LINES: &[&str] = &[
     "check vhd:e",
     "compare qcow2:c aio:d",
     "compare qcow2:c qcow2:a",
+    "resize qcow2:b 3M",
     "commit qcow2:c",
     "rebase qcow2:b --no-parent",
-    // A failure.
-    "info qcow2:none",
 ];
 
 #[test]
@@ -45,8 +44,11 @@ fn each_verb_prints_what_the_pages_have() {
     }
     bench.json("check qcow2:a --repair");
     for line in LINES {
-        bench.json(line);
+        let printed = bench.json(line);
+        assert!(printed.get("error").is_none(), "{line}: {printed}");
     }
+    let failed = bench.json("map qcow2:none");
+    assert_eq!(failed["error"]["code"], "not-found", "{failed}");
 }
 
 #[test]
