@@ -86,7 +86,7 @@ fn a_restore_replaces_all_of_a_used_image_with_zeroes_too() {
     for size in [SIZE / 2, SIZE, SIZE + (1 << 20)] {
         let used = UsedImage::new(size);
         let zeroes = used.wanted.iter().filter(|byte| **byte == 0).count() as u64;
-        assert!(zeroes >= SIZE / 2 && zeroes < SIZE, "{zeroes}");
+        assert!((SIZE / 2..SIZE).contains(&zeroes), "{zeroes}");
         let refused = used.bed.run(&used.line(""));
         assert_eq!(refused.status.code(), Some(1), "{refused:?}");
         let why = String::from_utf8_lossy(&refused.stderr).into_owned();
