@@ -5,6 +5,7 @@ use crate::kind::{FieldKind, FieldList, ValueKind};
 use crate::{DocumentedType, JsonPages, FAILURE, JSON_VERSION};
 use serde_json::{Map, Value};
 use std::collections::BTreeMap;
+use std::sync::OnceLock;
 
 /// Complaints about a value: where it is, and what is wrong.
 type Complaints = Vec<String>;
@@ -37,7 +38,8 @@ impl JsonPages {
         if !line.split(' ').any(|word| word == "--json") || output.trim().is_empty() {
             return;
         }
-        let pages = JsonPages::of_checkout();
+        static PAGES: OnceLock<JsonPages> = OnceLock::new();
+        let pages = PAGES.get_or_init(JsonPages::of_checkout);
         let command = pages.command(program, line);
         pages.assert_documented(&command, output);
     }

@@ -2,6 +2,7 @@
 //! Holders of an image of Ceph, and how a dead host's client is fenced and its lock broken.
 
 use crate::host::{HostFolder, SharedCluster};
+use jsonpages::JsonPages;
 use std::process::Output;
 
 const TARGET: &str = "id=xen,rbd:vms/web";
@@ -112,4 +113,23 @@ fn what_the_cluster_refuses_is_named() {
     }
     let why = refused(&beta.tap_ctl(&["lease", "show", "rbd:vms/web@daily"]), 2);
     assert!(why.contains("is a snapshot"), "{why}");
+}
+
+#[test]
+fn holders_are_printed_for_programs_as_on_the_pages() {
+    let (cluster, alpha, beta) = beds();
+    let pages = JsonPages::of_checkout();
+    let run = |verb: &str, words: &[&str]| {
+        let said = beta.tap_ctl(&[&["lease", verb, TARGET, "--json"], words].concat());
+        assert!(said.status.success(), "{said:?}");
+        let printed = String::from_utf8_lossy(&said.stdout).into_owned();
+        pages.assert_documented(&format!("tap-ctl lease {verb}"), &printed);
+        printed
+    };
+    assert!(run("show", &[]).contains("\"last\":null"));
+    alpha.attach(&alpha.disk(3, 51712, "rbd:vms/web", "w"));
+    cluster.write("images/vms/web/lock", "101 shared\n");
+    cluster.write("images/vms/web/lock.address", "alpha:0/101\n");
+    assert!(run("show", &[]).contains("\"client\":101"));
+    assert!(run("break", &["--holder-is-dead", "101"]).contains("\"was\":{"));
 }
