@@ -194,7 +194,7 @@ fn s30_fails(context: &mut Context) -> Result<()> {
         let arguments = ["tap-ctl", "handoff", &minor, "--to", program, "-t", "3"];
         let failed = sh::status(&arguments, LIMIT)?;
         ensure!(
-            failed.rc == 1 && failed.text.contains(why),
+            failed.rc == 6 && failed.text.contains(why),
             "tap-ctl ended with {} and did not say `{why}`: {}",
             failed.rc,
             failed.text
