@@ -112,7 +112,7 @@ fn phy(context: &mut Context) -> Result<()> {
     let load = start_load_with(guest, "")?;
     wait_progress(&disk, 50)?;
     let held = generation(&target)?;
-    let second = sh::status(&["tap-ctl", "check", "-a", &target], LONG)?;
+    let second = sh::status(&["tap-ctl", "probe", "-a", &target], LONG)?;
     ensure!(
         second.rc == 3,
         "the device can be had twice: {}",

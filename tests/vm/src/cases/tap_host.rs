@@ -175,7 +175,7 @@ fn limited(context: &mut Context) -> Result<()> {
 /// Returns the exit code and the output of tap-ctl about an image.
 fn check(target: &str, mode: &str) -> Result<(i32, String)> {
     let asked = sh::status(
-        &["tap-ctl", "check", "-a", target, "--mode", mode],
+        &["tap-ctl", "probe", "-a", target, "--mode", mode],
         Duration::from_secs(60),
     )?;
     Ok((asked.rc, asked.text))
