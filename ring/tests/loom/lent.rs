@@ -3,7 +3,7 @@
 //! A thread that lends what it works on while it waits: completions borrow it, in interrupts of other processors and of its
 //! own, while wakers notify it and its sleep may end by a limit in time.
 
-use loom::cell::UnsafeCell;
+use loom::cell::Cell;
 use loom::sync::atomic::{fence, AtomicU32, Ordering};
 use loom::sync::{Arc, Mutex};
 use loom::thread::{self, JoinHandle};
@@ -11,7 +11,7 @@ use ring::wake::{halted, Lending, Loan, Sleeper, StateWord, WakeState};
 
 /// Parts of the protocol that are left out, to show that the model finds the fault.
 #[derive(Clone, Copy, Default, PartialEq, Eq)]
-enum Planted {
+enum PlantedFault {
     #[default]
     None,
     /// A borrower does not wake the sleeper that was notified meanwhile.
@@ -26,9 +26,9 @@ enum Planted {
 
 /// The word of the state. All changes are read-modify-writes: loom does not give a plain store and an exchange of two threads
 /// one order, as every processor does. The orders that the plain store of `rearm` permits are tried in `wake`.
-struct Word(AtomicU32);
+struct FencedWord(AtomicU32);
 
-impl Word {
+impl FencedWord {
     fn fenced<T>(&self, act: impl FnOnce(&AtomicU32) -> T) -> T {
         fence(Ordering::SeqCst);
         let result = act(&self.0);
@@ -37,7 +37,7 @@ impl Word {
     }
 }
 
-impl StateWord for Word {
+impl StateWord for FencedWord {
     fn exchange(&self, value: u32) -> u32 {
         self.fenced(|word| word.swap(value, Ordering::AcqRel))
     }
@@ -62,30 +62,30 @@ const OTHER: u32 = 5;
 
 /// The sleeper's processor.
 #[derive(Default)]
-struct Processor {
+struct SleeperProcessor {
     interrupts_off: bool,
     /// An interrupt waits, which completes this number of I/Os.
     waits: Option<u32>,
 }
 
 struct LendModel {
-    state: WakeState<Word>,
+    state: WakeState<FencedWord>,
     /// I/Os that are complete, and not collected.
     complete: AtomicU32,
-    /// What is lent: the number of I/Os that were collected.
-    collected: UnsafeCell<u32>,
-    processor: Mutex<Processor>,
+    /// The work that is lent: the number of I/Os that were collected. Two threads that use it at a time fail the test.
+    collected: Cell<u32>,
+    processor: Mutex<SleeperProcessor>,
     /// A wake-up of the sleeper by the scheduler.
     completed: Mutex<bool>,
-    planted: Planted,
+    planted: PlantedFault,
 }
 
 impl LendModel {
-    fn new(planted: Planted) -> Arc<Self> {
+    fn new(planted: PlantedFault) -> Arc<Self> {
         Arc::new(Self {
-            state: WakeState::new(Word(AtomicU32::new(0))),
+            state: WakeState::new(FencedWord(AtomicU32::new(0))),
             complete: AtomicU32::new(0),
-            collected: UnsafeCell::new(0),
+            collected: Cell::new(0),
             processor: Mutex::default(),
             completed: Mutex::new(false),
             planted,
@@ -95,12 +95,9 @@ impl LendModel {
     /// Collects what is complete; the caller has the right to. Returns the sum.
     fn collect(&self) -> u32 {
         let new = self.complete.swap(0, Ordering::Relaxed);
-        self.collected.with_mut(|collected| {
-            // SAFETY: loom fails the test if another thread uses it now.
-            let collected = unsafe { &mut *collected };
-            *collected += new;
-            *collected
-        })
+        let sum = self.collected.get() + new;
+        self.collected.set(sum);
+        sum
     }
 
     fn act(&self, sleeper: Sleeper) {
@@ -118,7 +115,7 @@ impl LendModel {
     fn complete_on(&self, processor: u32, count: u32) {
         self.complete.fetch_add(count, Ordering::Relaxed);
         let as_if = match self.planted {
-            Planted::AnyProcessor => OWN,
+            PlantedFault::AnyProcessor => OWN,
             _ => processor,
         };
         self.work_on(self.state.borrow(as_if));
@@ -137,11 +134,11 @@ impl LendModel {
                 self.collect();
                 let sleeper = self.state.give_back(loan, false);
                 match self.planted {
-                    Planted::ForgottenNotice => Sleeper::Awake,
+                    PlantedFault::ForgottenNotice => Sleeper::Awake,
                     _ => sleeper,
                 }
             }
-            None if self.planted == Planted::NoNotice => Sleeper::Awake,
+            None if self.planted == PlantedFault::NoNotice => Sleeper::Awake,
             None => self.state.wake(),
         };
         self.act(sleeper);
@@ -167,7 +164,7 @@ impl LendModel {
         taken.is_some()
     }
 
-    fn halt(&self, others: &mut Others) {
+    fn halt(&self, others: &mut OtherThreads) {
         if self.state.begin_halt(OWN, Lending::ToAll) {
             self.take_interrupt();
             self.processor.lock().unwrap().interrupts_off = true;
@@ -181,14 +178,14 @@ impl LendModel {
     }
 
     /// Sleeps; the limit in time is over at once if `limited`.
-    fn sleep(&self, others: &mut Others, lending: Lending, limited: bool) {
+    fn sleep(&self, others: &mut OtherThreads, lending: Lending, limited: bool) {
         if !self.state.fall_asleep(lending) {
             return;
         }
         if limited && self.state.give_up_sleep() {
             return;
         }
-        if limited && self.planted == Planted::EarlyReturn {
+        if limited && self.planted == PlantedFault::EarlyReturn {
             return;
         }
         others.block(|| core::mem::take(&mut *self.completed.lock().unwrap()));
@@ -196,9 +193,9 @@ impl LendModel {
 }
 
 /// The thread that ends last, which waits for all others, and not for the sleeper.
-struct Others(Option<JoinHandle<()>>);
+struct OtherThreads(Option<JoinHandle<()>>);
 
-impl Others {
+impl OtherThreads {
     /// Blocks until `is_over`, which only the other threads bring about.
     fn block(&mut self, mut is_over: impl FnMut() -> bool) {
         while !is_over() {
@@ -208,29 +205,29 @@ impl Others {
     }
 }
 
-type Wait = fn(&LendModel, &mut Others, first: bool);
+type WaitKind = fn(&LendModel, &mut OtherThreads, first: bool);
 
-fn sleeps(model: &LendModel, others: &mut Others, _first: bool) {
+fn sleeps(model: &LendModel, others: &mut OtherThreads, _first: bool) {
     model.sleep(others, Lending::ToAll, false);
 }
 
 /// The first sleep ends by its limit, whatever the others do.
-fn sleeps_once_limited(model: &LendModel, others: &mut Others, first: bool) {
+fn sleeps_once_limited(model: &LendModel, others: &mut OtherThreads, first: bool) {
     model.sleep(others, Lending::ToAll, first);
 }
 
-fn sleeps_beside_tasks(model: &LendModel, others: &mut Others, first: bool) {
+fn sleeps_beside_tasks(model: &LendModel, others: &mut OtherThreads, first: bool) {
     model.sleep(others, Lending::ToTasks, first);
 }
 
-fn halts(model: &LendModel, others: &mut Others, _first: bool) {
+fn halts(model: &LendModel, others: &mut OtherThreads, _first: bool) {
     model.halt(others);
 }
 
-type Completion = fn(&LendModel);
+type CompletionKind = fn(&LendModel);
 
 /// Two completions, `completions` names how they come; then a wake-up that tells the sleeper to end.
-fn run(planted: Planted, wait: Wait, completions: [Completion; 2]) {
+fn run(planted: PlantedFault, wait: WaitKind, completions: [CompletionKind; 2]) {
     let mut builder = loom::model::Builder::new();
     // All orders take minutes.
     builder.preemption_bound = Some(3);
@@ -258,7 +255,7 @@ fn run(planted: Planted, wait: Wait, completions: [Completion; 2]) {
                 model.act(sleeper);
             })
         };
-        let mut others = Others(Some(last));
+        let mut others = OtherThreads(Some(last));
         let mut first = true;
         let collected = loop {
             model.state.rearm();
@@ -289,42 +286,50 @@ fn here(model: &LendModel) {
 
 #[test]
 fn completions_work_in_place_of_a_thread_that_sleeps() {
-    run(Planted::None, sleeps, [elsewhere, elsewhere]);
+    run(PlantedFault::None, sleeps, [elsewhere, elsewhere]);
 }
 
 #[test]
 fn a_sleep_that_ends_by_its_limit_waits_for_the_borrower() {
-    run(Planted::None, sleeps_once_limited, [elsewhere, elsewhere]);
+    run(
+        PlantedFault::None,
+        sleeps_once_limited,
+        [elsewhere, elsewhere],
+    );
 }
 
 #[test]
 fn tasks_work_in_place_of_a_thread_that_sleeps() {
     let task = LendModel::complete_as_task;
-    run(Planted::None, sleeps_beside_tasks, [task, task]);
+    run(PlantedFault::None, sleeps_beside_tasks, [task, task]);
 }
 
 #[test]
 fn an_interrupt_takes_nothing_that_is_lent_to_tasks() {
     let task = LendModel::complete_as_task;
-    run(Planted::None, sleeps_beside_tasks, [elsewhere, task]);
+    run(PlantedFault::None, sleeps_beside_tasks, [elsewhere, task]);
 }
 
 #[test]
 fn interrupts_work_in_place_of_a_thread_that_has_halted_their_processor() {
-    run(Planted::None, halts, [elsewhere, here]);
+    run(PlantedFault::None, halts, [elsewhere, here]);
 }
 
 #[test]
 #[should_panic(expected = "a wake-up was lost")]
 fn a_borrower_that_forgets_a_notice_is_found() {
-    run(Planted::ForgottenNotice, sleeps, [elsewhere, elsewhere]);
+    run(
+        PlantedFault::ForgottenNotice,
+        sleeps,
+        [elsewhere, elsewhere],
+    );
 }
 
 #[test]
 #[should_panic(expected = "Causality violation")]
 fn a_sleeper_that_does_not_wait_for_the_borrower_is_found() {
     run(
-        Planted::EarlyReturn,
+        PlantedFault::EarlyReturn,
         sleeps_once_limited,
         [elsewhere, elsewhere],
     );
@@ -333,11 +338,11 @@ fn a_sleeper_that_does_not_wait_for_the_borrower_is_found() {
 #[test]
 #[should_panic(expected = "without a notice")]
 fn a_completion_without_a_notice_is_found() {
-    run(Planted::NoNotice, sleeps, [elsewhere, elsewhere]);
+    run(PlantedFault::NoNotice, sleeps, [elsewhere, elsewhere]);
 }
 
 #[test]
 #[should_panic(expected = "a wake-up was lost")]
 fn work_that_is_lent_to_other_processors_is_found() {
-    run(Planted::AnyProcessor, halts, [elsewhere, elsewhere]);
+    run(PlantedFault::AnyProcessor, halts, [elsewhere, elsewhere]);
 }

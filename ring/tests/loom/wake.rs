@@ -20,9 +20,9 @@ enum Planted {
     LateRearm,
 }
 
-struct Word(AtomicU32);
+struct BarrierWord(AtomicU32);
 
-impl StateWord for Word {
+impl StateWord for BarrierWord {
     fn exchange(&self, value: u32) -> u32 {
         // The kernel's exchange is a full barrier, which one of loom alone is not.
         fence(Ordering::SeqCst);
@@ -58,7 +58,7 @@ struct Processor {
 }
 
 struct WakeModel {
-    state: WakeState<Word>,
+    state: WakeState<BarrierWord>,
     /// Pieces of work that were given, and not looked for.
     work: AtomicU32,
     processor: Mutex<Processor>,
@@ -68,10 +68,10 @@ struct WakeModel {
 }
 
 /// The other threads, none of which waits for the sleeper.
-type Others = Vec<JoinHandle<()>>;
+type OtherWakers = Vec<JoinHandle<()>>;
 
 /// Blocks until `is_over`, which only the other threads bring about: as long as it is not, one of them has to end.
-fn block(others: &mut Others, mut is_over: impl FnMut() -> bool) {
+fn block(others: &mut OtherWakers, mut is_over: impl FnMut() -> bool) {
     while !is_over() {
         let other = others.pop().expect("a wake-up was lost");
         other.join().expect("a waker ends well");
@@ -83,7 +83,7 @@ const PROCESSOR: u32 = 3;
 impl WakeModel {
     fn new(planted: Planted) -> Arc<Self> {
         Arc::new(Self {
-            state: WakeState::new(Word(AtomicU32::new(0))),
+            state: WakeState::new(BarrierWord(AtomicU32::new(0))),
             work: AtomicU32::new(0),
             processor: Mutex::default(),
             completed: Mutex::new(false),
@@ -112,7 +112,7 @@ impl WakeModel {
     }
 
     /// Does as the shim: the last look with interrupts off, and the halt, which switches them on.
-    fn halt_while(&self, others: &mut Others) {
+    fn halt_while(&self, others: &mut OtherWakers) {
         let is_halted = || self.state.word().load() == halted(PROCESSOR, Lending::Nothing);
         let early = self.planted == Planted::EarlyLook && is_halted();
         self.processor.lock().unwrap().interrupts_off = true;
@@ -122,14 +122,14 @@ impl WakeModel {
         *self.processor.lock().unwrap() = Processor::default();
     }
 
-    fn halt(&self, others: &mut Others) -> bool {
+    fn halt(&self, others: &mut OtherWakers) -> bool {
         if self.state.begin_halt(PROCESSOR, Lending::Nothing) {
             self.halt_while(others);
         }
         self.state.end_halt(PROCESSOR, Lending::Nothing)
     }
 
-    fn sleep(&self, others: &mut Others) {
+    fn sleep(&self, others: &mut OtherWakers) {
         if self.state.fall_asleep(Lending::Nothing) {
             let completed = || core::mem::take(&mut *self.completed.lock().unwrap());
             block(others, completed);
@@ -137,7 +137,7 @@ impl WakeModel {
     }
 
     /// Does `pieces` pieces of work, and waits for them as `wait` says.
-    fn serve(&self, pieces: u32, others: &mut Others, wait: Wait) {
+    fn serve(&self, pieces: u32, others: &mut OtherWakers, wait: Wait) {
         let mut done = 0;
         loop {
             if self.planted != Planted::LateRearm {
@@ -155,19 +155,19 @@ impl WakeModel {
     }
 }
 
-type Wait = fn(&WakeModel, &mut Others);
+type Wait = fn(&WakeModel, &mut OtherWakers);
 
-fn halts(world: &WakeModel, others: &mut Others) {
+fn halts(world: &WakeModel, others: &mut OtherWakers) {
     // An interrupt of any kind may end a halt.
     let _woken = world.halt(others);
 }
 
-fn sleeps(world: &WakeModel, others: &mut Others) {
+fn sleeps(world: &WakeModel, others: &mut OtherWakers) {
     world.sleep(others);
 }
 
 /// A halt that an interrupt ended without work is followed by a sleep.
-fn halts_then_sleeps(world: &WakeModel, others: &mut Others) {
+fn halts_then_sleeps(world: &WakeModel, others: &mut OtherWakers) {
     if !world.halt(others) {
         world.sleep(others);
     }
@@ -184,7 +184,7 @@ fn run(planted: Planted, wait: Wait, stray: bool) {
             let world = world.clone();
             thread::spawn(move || act(&world))
         };
-        let mut others: Others = (0..pieces).map(|_| start(WakeModel::give)).collect();
+        let mut others: OtherWakers = (0..pieces).map(|_| start(WakeModel::give)).collect();
         if stray {
             others.push(start(WakeModel::interrupt));
         }
