@@ -11,7 +11,7 @@
 //! not look busy while its guest does little.
 
 use crate::linux;
-use crate::linux::task::wake_event::Lent;
+use crate::linux::task::wake_event::LentEvent;
 use crate::params;
 
 /// Approximate number of waits that the mean covers.
@@ -40,7 +40,7 @@ impl HaltEstimator {
 
     /// Waits for a wake-up, if waits are short. Returns false if the thread has to sleep for that. `start` is the local clock
     /// at the beginning of the wait.
-    pub(crate) fn wait(&self, lent: Lent<'_>, start: u64) -> bool {
+    pub(crate) fn wait(&self, lent: LentEvent<'_>, start: u64) -> bool {
         if self.most == 0 || self.mean > self.most {
             return false;
         }

@@ -20,7 +20,7 @@ use crate::halt::HaltEstimator;
 use crate::idle_reclaim::IdleReclaim;
 use crate::linux::memory::vectors::filled;
 use crate::linux::task::kthread::{Runner, Thread};
-use crate::linux::task::wake_event::{Lending, Lent, WaitingWork, WakeEvent};
+use crate::linux::task::wake_event::{Lending, LentEvent, WaitingWork, WakeEvent};
 use crate::linux::trace;
 use crate::linux::xen::device::XenDevice;
 use crate::linux::xen::evtchn::{Activity, EventChannel};
@@ -284,7 +284,7 @@ fn longest_pause(left: Option<u64>, held: u64) -> Option<u64> {
 /// limit: no event announces that a device was resized, so one thread looks now and then; borrowed pages that are not used are
 /// given back; and requests that wait for a process fail when they have waited for too long, also those of a queue that
 /// outlives the first one.
-fn sleep(lent: Lent<'_>, pause: Option<u64>, looks: bool) {
+fn sleep(lent: LentEvent<'_>, pause: Option<u64>, looks: bool) {
     match pause {
         Some(pause) => lent.wait_for(pause),
         None if looks => lent.wait_for_a_while(),
@@ -310,7 +310,7 @@ struct LentEngine<'s, 'e, 'a, D, G, B> {
 
 impl<D: QueueBackends, G: Grants, B: Backend> LentEngine<'_, '_, '_, D, G, B> {
     /// Runs `wait`, in which the thread waits, and lends the engine meanwhile if `lends` and that is possible.
-    fn while_lent<T>(&mut self, lends: bool, wait: impl FnOnce(Lent<'_>) -> T) -> T {
+    fn while_lent<T>(&mut self, lends: bool, wait: impl FnOnce(LentEvent<'_>) -> T) -> T {
         let wake_event = &self.server.around.control.wake_event;
         let lending = match lends {
             true => lending(self.engine.can_lend()),

@@ -77,8 +77,8 @@ fn values(stats: &Stats) -> [u64; COUNTERS] {
     ]
 }
 
-/// A value that its queue shows. Not one of the kernel's atomics, each access to which is a call of a function: all are
-/// written before each sleep, and they order no other memory.
+/// A value that its queue shows. Each access to one of the kernel's atomics is a call of a function, and these are all
+/// stored before each sleep; they order no other memory.
 struct ShownValue(AtomicU64);
 
 impl ShownValue {

@@ -15,7 +15,7 @@ use crate::ring::shared_ring::SharedRing;
 /// The result of [`Engine::answer_completed`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use]
-pub struct Answers {
+pub struct LentAnswers {
     /// The frontend must be sent an event.
     pub notify: bool,
     /// Something is left for the thread.
@@ -45,7 +45,7 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
     /// Answers what has completed, in place of the thread. No more is done than there are slots in the ring. Neither sleeps
     /// nor calls the hypervisor if the backend is reaped in any context; then a request of which more is to be done than
     /// to answer it is left to the thread.
-    pub fn answer_completed(&mut self) -> Answers {
+    pub fn answer_completed(&mut self) -> LentAnswers {
         self.clock.begin();
         self.collect();
         let answered = match self.backend.reap_context() {
@@ -57,7 +57,7 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
             || !requests.completed.is_empty()
             || !requests.taken.is_empty()
             || !requests.held.is_empty();
-        Answers {
+        LentAnswers {
             notify: answered > 0 && self.publish(),
             rest,
             answered,

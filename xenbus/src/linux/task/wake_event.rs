@@ -8,7 +8,7 @@
 //! would, so that two switches of tasks and what goes with them are saved.
 //!
 //! A thread that waits may lend what it works on ([`WaitingWork`]): a completion of I/O then finishes its request in the
-//! context in which it comes, and the thread goes on waiting.
+//! context in which it comes, and the thread keeps waiting.
 //!
 //! Wraps `timer_setup`, `mod_timer` and `timer_shutdown_sync` (include/linux/timer.h), `safe_halt` (include/linux/irqflags.h) and `smp_send_reschedule` (include/linux/smp.h), `wait_for_completion_state`, `wait_for_completion_interruptible_timeout` and `complete`
 //! (include/linux/completion.h). `kernel::sync::Completion` waits uninterruptibly and without a limit,
@@ -61,10 +61,10 @@ impl StateWord for Word {
     }
 }
 
-/// What a thread lends while it waits. It uses nothing that belongs to a processor or to the thread as a task.
+/// Work that a thread lends while it waits. It uses nothing that belongs to a processor or to the thread as a task.
 pub(crate) trait WaitingWork {
     /// Does what has come since, in place of the thread. Returns true if the thread has to look itself. Its work has a bound.
-    /// What is lent to tasks may sleep here; what is lent to all runs in any context, interrupts included.
+    /// Work that is lent to tasks may sleep here; work that is lent to all runs in any context, interrupts included.
     fn work(&mut self) -> bool;
 }
 
@@ -186,7 +186,7 @@ impl WakeEvent {
         &self,
         work: &'w mut (dyn WaitingWork + 'w),
         lending: Lending,
-        wait: impl FnOnce(Lent<'_>) -> R,
+        wait: impl FnOnce(LentEvent<'_>) -> R,
     ) -> R {
         let work: NonNull<dyn WaitingWork + 'w> = work.into();
         // SAFETY: Only the lifetime changes. The state is neither lent nor borrowed after this function, and `work` is borrowed
@@ -196,7 +196,7 @@ impl WakeEvent {
         // INVARIANT: Nothing is lent yet.
         unsafe { *self.work.get() = Some(work) };
         let event = self;
-        wait(Lent { event, lending })
+        wait(LentEvent { event, lending })
     }
 
     /// Switches the recording of the time of wake-ups on or off.
@@ -224,7 +224,7 @@ impl WakeEvent {
     ///
     /// Only one thread may wait here. May sleep.
     pub(crate) fn wait(&self) {
-        let lent = Lent {
+        let lent = LentEvent {
             event: self,
             lending: Lending::Nothing,
         };
@@ -250,12 +250,12 @@ unsafe extern "C" fn ring_alarm(timer: *mut bindings::timer_list) {
 
 /// A sleeper that is about to wait, and what it lends meanwhile.
 #[derive(Clone, Copy)]
-pub(crate) struct Lent<'a> {
+pub(crate) struct LentEvent<'a> {
     event: &'a WakeEvent,
     lending: Lending,
 }
 
-impl Lent<'_> {
+impl LentEvent<'_> {
     /// Waits as [`wait`](Self::wait) does, for a few seconds at most: see [`IDLE_SECONDS`].
     ///
     /// A sleep with a limit of its own would start and stop a timer each time, which costs more than a small request. The
