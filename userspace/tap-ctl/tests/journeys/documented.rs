@@ -51,7 +51,7 @@ const ANSWERED: &[(&str, &[&str])] = &[
     ),
     (
         "opened",
-        &["open -m 1 -a aio:/srv/a.img", "check -a aio:/srv/a.img"],
+        &["open -m 1 -a aio:/srv/a.img", "probe -a aio:/srv/a.img"],
     ),
     ("created", &["create -a aio:/srv/a.img"]),
     ("handed-off", &["handoff -m 1"]),
