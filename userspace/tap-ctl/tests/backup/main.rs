@@ -43,7 +43,7 @@ case "$fault" in
 "after $n") shift 2; "$REAL" --die-with $$ "$@"; kill -9 $PPID; exit 1;;
 "during $n") ( sleep 0.2; kill -9 $PPID ) & exec "$REAL" "$@" --rate 1;;
 "fail $n") exit 6;;
-"signal $n") kill -TERM $PPID;;
+"signal $n") kill -TERM $PPID; exec "$REAL" "$@" --rate 1;;
 esac
 exec "$REAL" "$@"
 "#;
