@@ -34,11 +34,13 @@ impl JsonPages {
     }
 }
 
-/// Returns the command of a line that says which type a command prints, and the type.
+/// Returns the command of a line that says which type a command prints, without its placeholders, and the type.
 fn printed(line: &str, page: &str) -> Option<(String, String)> {
     let (commands, kind) = line.strip_suffix('.')?.split_once(" prints ")?;
-    let command = commands.split('`').nth(1)?;
-    Some((command.into(), linked(kind, page)?))
+    let words = commands.split('`').nth(1)?.split(' ');
+    let is_placeholder = |word: &str| word.chars().all(|c| c.is_ascii_uppercase());
+    let words: Vec<&str> = words.filter(|word| !is_placeholder(word)).collect();
+    Some((words.join(" "), linked(kind, page)?))
 }
 
 fn documented(body: &str, page: &str) -> Result<DocumentedType, String> {

@@ -84,7 +84,7 @@ fn output_as_on_the_pages_is_no_complaint() {
 
 #[test]
 fn a_command_is_found_in_its_line() {
-    let pages = pages(&PAGE.replace("`saw cut` prints", "`saw cut --fine` prints"));
+    let pages = pages(&PAGE.replace("`saw cut` prints", "`saw cut TREE --fine` prints"));
     for (line, command) in [
         ("--json cut a", "saw cut"),
         ("cut a --fine --json", "saw cut --fine"),

@@ -162,7 +162,7 @@ pub(super) const PAGES: &[(&str, &str, &[PrintedType])] = &[
                 "ReplayResult",
             ),
             (
-                "`tapimg replay --list`",
+                "`tapimg replay FILE --list`",
                 "userspace/tapimg/src/replay.rs",
                 "TraceListing",
             ),
