@@ -621,7 +621,8 @@ impl<'a, D: QueueBackends> Serving<'a, D> {
             self.end_event(broken, &mut active);
             let serves = pause.is_none() && command == QueueCommand::Serve;
             let in_flight = engine.in_flight();
-            let lends_to_tasks = engine.can_lend() == ReapContext::Task;
+            let lends_to_tasks =
+                engine.can_lend() == ReapContext::Task && !params::polls_for_processes();
             let mut work = LentEngine {
                 server: self,
                 engine,
@@ -706,7 +707,7 @@ impl<'a, D: QueueBackends> Serving<'a, D> {
         }
         let (wake_event, in_flight) = (&self.around.control.wake_event, engine.in_flight());
         // The process's task answers meanwhile; a thread that polls would keep it from that.
-        if engine.can_lend() == ReapContext::Task {
+        if engine.can_lend() == ReapContext::Task && !params::polls_for_processes() {
             return engine.must_stay_awake();
         }
         if pollers.wait(in_flight, || {

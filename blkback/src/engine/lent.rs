@@ -26,11 +26,11 @@ pub struct LentAnswers {
 
 impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
     /// Returns where [`answer_completed`](Self::answer_completed) may be called while the thread waits. The thread has armed
-    /// the frontend's event, since it could take requests.
+    /// the frontend's event, for the requests that follow the answers.
     pub fn can_lend(&self) -> ReapContext {
         let requests = &self.requests;
         let may_lend = requests.used() > 0
-            && self.can_take()
+            && self.is_open()
             && requests.taken.is_empty()
             && requests.completed.is_empty()
             && requests.held.is_empty()

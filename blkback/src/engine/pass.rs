@@ -2,7 +2,7 @@
 
 //! One pass over a ring: all steps in their order.
 
-use crate::engine::backend::Backend;
+use crate::engine::backend::{Backend, ReapContext};
 use crate::engine::state::Engine;
 use crate::ring::grants::Grants;
 use crate::ring::shared_ring::SharedRing;
@@ -120,9 +120,10 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
 
     /// Arms the frontend's event and says whether there is work after all; call before sleeping.
     ///
-    /// While no request can be taken it requests no event, because a completion brings the next pass.
+    /// While no request can be taken it requests no event, because a completion brings the next pass. Where a completion may
+    /// answer without the thread, a full ring is no reason for that: the frontend's next request can follow the answer.
     pub fn must_stay_awake(&mut self) -> bool {
-        if !self.can_take() {
+        if !self.can_take() && self.can_lend() == ReapContext::Thread {
             return false;
         }
         // A ring that breaks here is reported by one more pass.

@@ -145,10 +145,14 @@ impl<'a, R: SharedRing, G: Grants, B: Backend> Engine<'a, R, G, B> {
     }
 
     pub(super) fn can_take(&self) -> bool {
+        self.is_open() && self.ring.unanswered() < self.ring.size()
+    }
+
+    /// Reports whether a request can be taken as soon as the ring has room for its answer.
+    pub(super) fn is_open(&self) -> bool {
         !self.barrier
             && self.parked.is_none()
             && self.requests.stalled.is_empty()
             && !self.ring.is_broken()
-            && self.ring.unanswered() < self.ring.size()
     }
 }

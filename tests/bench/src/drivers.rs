@@ -70,7 +70,7 @@ impl Drivers {
         Ok(())
     }
 
-    /// Returns the functions of the modules of [`MODULES`] and their addresses.
+    /// Returns the functions of the kernel and of the modules of [`MODULES`], and their addresses.
     pub(crate) fn functions() -> Result<Vec<(String, String)>> {
         let text = sh::get("/proc/kallsyms")?;
         Ok(text.lines().filter_map(function).collect())
@@ -91,10 +91,10 @@ fn place(line: &str) -> Option<(String, String)> {
     Some((name, address))
 }
 
-/// `ADDRESS TYPE NAME\t[MODULE]`
+/// `ADDRESS TYPE NAME\t[MODULE]`; without a module for the kernel's own.
 fn function(line: &str) -> Option<(String, String)> {
-    let (symbol, module) = line.split_once("\t[")?;
-    if !MODULES.contains(&module.trim_end_matches(']')) {
+    let (symbol, module) = line.split_once("\t[").unwrap_or((line, ""));
+    if !module.is_empty() && !MODULES.contains(&module.trim_end_matches(']')) {
         return None;
     }
     let mut words = symbol.split_whitespace();
@@ -112,6 +112,8 @@ mod tests {
         let line = "ffffffffc0a11010 t submit\t[xen_blkback_rs]";
         let found = function(line).unwrap();
         assert_eq!(found, ("submit".into(), "ffffffffc0a11010".into()));
+        let of_kernel = function("ffffffff81011010 T schedule").unwrap();
+        assert_eq!(of_kernel, ("schedule".into(), "ffffffff81011010".into()));
         assert_eq!(function("ffffffffc0a11010 t submit\t[null_blk]"), None);
         assert_eq!(function("ffffffffc0a11010 d data\t[xen_blkback_rs]"), None);
         assert_eq!(function("ffffffff81000000 T _text"), None);

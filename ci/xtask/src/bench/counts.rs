@@ -249,6 +249,8 @@ fn of_place(of_dom0: bool, raw: &str, there: &MachineAddresses) -> &'static str 
         (true, "user") => "dom0 user",
         (false, "user") => "guest user",
         (true, "kernel" | "other") => "dom0 kernel",
+        // As text, because all addresses of kernels have 16 digits.
+        (true, block) if block < MODULES => "dom0 kernel",
         (true, page) => match module_of(page, &there.modules) {
             Some(name) if BACKENDS.contains(&name) => "backend module",
             _ => "other modules",
@@ -257,7 +259,10 @@ fn of_place(of_dom0: bool, raw: &str, there: &MachineAddresses) -> &'static str 
     }
 }
 
-/// Returns the instructions between two marks in each function of the drivers, if blocks were counted.
+/// Start of the modules of a kernel, after its own text.
+const MODULES: &str = "ffffffffc0000000";
+
+/// Returns the instructions between two marks in each function of the drivers and of dom0's kernel, if blocks were counted.
 pub(crate) fn functions_between(
     first: &Counters,
     last: &Counters,
@@ -265,7 +270,8 @@ pub(crate) fn functions_between(
 ) -> PlaceCounts {
     let mut found = PlaceCounts::new();
     for ((processor, raw), value) in last {
-        if of_place(*processor < there.dom0_processors, raw, there) != "backend module" {
+        let place = of_place(*processor < there.dom0_processors, raw, there);
+        if !matches!(place, "backend module" | "dom0 kernel") {
             continue;
         }
         let Some(name) = function_of(raw, &there.functions) else {

@@ -106,14 +106,14 @@ fn figures(text: &mut String, results: &Results) {
 }
 
 /// Number of functions shown; the results have the others' costs.
-const FUNCTIONS: usize = 30;
+const FUNCTIONS: usize = 60;
 
-/// Adds the costs of the functions of the drivers, if they were counted.
+/// Adds the costs of the functions of dom0's kernel and of the drivers, if they were counted.
 fn functions(text: &mut String, results: &Results) {
     for row in results.rows.iter().filter(|row| !row.functions.is_empty()) {
         let _ = writeln!(
             text,
-            "\n{}, functions of the driver of {}",
+            "\n{}, functions of dom0's kernel and of the driver of {}",
             row.job, row.backend
         );
         let mut all: Vec<(&String, &f64)> = row.functions.iter().collect();

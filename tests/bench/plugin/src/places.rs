@@ -23,12 +23,12 @@ pub(crate) const NAMES: [&str; 4] = ["xen", "kernel", "user", "other"];
 pub(crate) const PAGES: usize = 16384;
 /// Number of counters that every run has.
 pub(crate) const FIXED: usize = NAMES.len() + PAGES;
-/// Number of blocks of modules that can have a counter of their own, with `blocks=on`.
-pub(crate) const BLOCKS: usize = 32768;
+/// Number of blocks of kernels and their modules that can have a counter of their own, with `blocks=on`.
+pub(crate) const BLOCKS: usize = 1 << 18;
 /// Number of all counters.
 pub(crate) const COUNTERS: usize = FIXED + BLOCKS;
 
-/// The blocks of modules with a counter of their own, by start address.
+/// The blocks of kernels and modules with a counter of their own, by start address.
 #[derive(Debug, Default)]
 pub(crate) struct CountedBlocks {
     counters: BTreeMap<u64, usize>,
@@ -53,9 +53,9 @@ impl CountedBlocks {
     }
 }
 
-/// Returns true for an address in a module.
-pub(crate) fn in_module(address: u64) -> bool {
-    address >= MODULES
+/// Returns true for an address in a kernel's text or in a module.
+pub(crate) fn in_kernel(address: u64) -> bool {
+    address >= KERNEL
 }
 
 /// Returns the counter of an address.
@@ -82,7 +82,7 @@ pub(crate) fn name(counter: usize) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::{counter, in_module, name, CountedBlocks, BLOCKS, COUNTERS, FIXED, MARK};
+    use super::{counter, in_kernel, name, CountedBlocks, BLOCKS, COUNTERS, FIXED, MARK};
 
     #[test]
     fn mark_is_one_long_nop() {
@@ -107,7 +107,7 @@ mod tests {
 
     #[test]
     fn every_address_has_its_place() {
-        assert!(in_module(0xffff_ffff_c000_0000) && !in_module(0xffff_ffff_bfff_ffff));
+        assert!(in_kernel(0xffff_ffff_8100_0000) && !in_kernel(0xffff_82d0_4020_0000));
         for (address, place) in [
             (0, "user"),
             (0x7fff_ffff_ffff, "user"),

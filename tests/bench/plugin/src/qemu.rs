@@ -197,7 +197,7 @@ extern "C" fn translated(_id: u64, block: *mut TranslationBlock) {
     // SAFETY: QEMU passes a block that is valid during this call.
     let (address, count) = unsafe { (qemu_plugin_tb_vaddr(block), qemu_plugin_tb_n_insns(block)) };
     let counter = match EACH_BLOCK.get() {
-        Some(blocks) if places::in_module(address) => {
+        Some(blocks) if places::in_kernel(address) => {
             let mut blocks = blocks.lock().unwrap_or_else(PoisonError::into_inner);
             blocks.counter(address)
         }
