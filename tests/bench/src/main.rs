@@ -50,7 +50,7 @@ struct BenchCli {
     /// The module of this project.
     #[arg(long, default_value = "/t/xen-blkback-rs.ko", value_name = "KO")]
     module: String,
-    /// Also report the addresses of the functions of the drivers.
+    /// Also report the addresses of the functions of the kernel and the drivers.
     #[arg(long)]
     functions: bool,
 }

@@ -18,7 +18,7 @@ pub(crate) struct BenchPlan {
     pub(crate) rounds: Option<u32>,
     /// The module of this project.
     pub(crate) module: String,
-    /// Also report the addresses of the functions of the drivers.
+    /// Also report the addresses of the functions of the kernel and the drivers.
     pub(crate) functions: bool,
 }
 

@@ -17,7 +17,7 @@ pub(crate) struct MachineAddresses {
     pub(crate) dom0_processors: u32,
     /// The modules of dom0.
     pub(crate) modules: Modules,
-    /// The functions of the drivers by address.
+    /// The functions of dom0's kernel and the drivers by address.
     pub(crate) functions: Modules,
 }
 
