@@ -36,9 +36,11 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
             && requests.held.is_empty()
             && !self.transfers.mappings.any_goes()
             && !self.latencies.is_on();
-        match may_lend {
-            true => self.backend.reap_context(),
-            false => ReapContext::Thread,
+        match self.backend.reap_context() {
+            _ if !may_lend => ReapContext::Thread,
+            // An interrupt could answer nothing: all data is copied.
+            ReapContext::Any if !self.transfers.mappings.keeps() => ReapContext::Thread,
+            context => context,
         }
     }
 

@@ -2,6 +2,7 @@
 
 //! Indices, events and slots of the shared ring.
 
+use blkback::engine::ReapContext;
 use ring::abi::{
     OP_DISCARD, OP_FLUSH_DISKCACHE, OP_READ, OP_WRITE, OP_WRITE_BARRIER, REQ_EVENT, REQ_PROD,
     RSP_EVENT, RSP_PROD,
@@ -138,11 +139,14 @@ fn h06_a_guest_that_consumes_nothing_gets_no_more_than_a_ring() {
         world.send(&[Spec::pages(OP_READ, 0, 1)]);
         assert_eq!(world.engine.pass().taken, 0);
         assert_eq!(world.engine.in_flight(), 32);
-        // It looks, because a completion could answer without it, finds the extra request, and does not serve it.
-        assert!(world.engine.must_stay_awake());
-        assert!(world.engine.pass().broken);
+        // It looks only where a completion could answer without it.
+        let looks = world.engine.can_lend() != ReapContext::Thread;
+        assert_eq!(world.engine.must_stay_awake(), looks);
+        assert_eq!(world.engine.pass().broken, looks);
         assert!(!world.engine.must_stay_awake(), "it would never sleep");
         settle(world);
+        // The next check of the index finds the extra request, and it is not served.
+        assert!(world.engine.pass().broken);
         assert_eq!(world.machine.borrow().front.answers.len(), 32 * 4);
         world.close_clean();
     });
