@@ -58,12 +58,26 @@ fn rest(cli: &Cli, asked: &cli::Dirty, mut all: Changed) -> Result<Changed, Erro
             }
             Reply::Changed(more) => {
                 all.extents.extend(more.extents);
-                (all.size, all.next) = (more.size, more.next);
+                (all.size, all.next) = (more.size, later(from, more.next)?);
             }
             other => return Err(something_else(&other).into()),
         }
     }
     Ok(all)
+}
+
+/// Returns where the next part begins, which must be behind this one: otherwise the command would ask without end.
+fn later(from: u64, next: Option<u64>) -> Result<Option<u64>, Failure> {
+    match next {
+        Some(next) if next <= from => {
+            let why = format!(
+                "the supervisor answers that byte {next} follows byte {from}: it is not the one that belongs to this \
+                 tap-ctl; install both from one version, and restart it with `systemctl restart blktapctrl`"
+            );
+            Err(Failure::new(Code::State, why))
+        }
+        next => Ok(next),
+    }
 }
 
 /// Marks as lines of words `name=value`.
@@ -78,4 +92,22 @@ pub(crate) fn marks(marks: &[Mark]) -> String {
 /// For loops of a shell: where a part begins, and how long it is, in bytes.
 pub(crate) fn line(extent: &Extent) -> String {
     format!("{} {}\n", extent.offset, extent.length)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::later;
+
+    #[test]
+    fn a_part_that_follows_itself_ends_the_command() {
+        assert_eq!(later(0, None).ok(), Some(None));
+        assert_eq!(later(4096, Some(8192)).ok(), Some(Some(8192)));
+        for next in [0, 4096] {
+            let failure = later(4096, Some(next)).unwrap_err();
+            assert!(
+                failure.to_string().contains("systemctl restart"),
+                "{failure}"
+            );
+        }
+    }
 }
