@@ -40,6 +40,7 @@ mod events;
 mod fault_injection;
 mod halt;
 mod idle_reclaim;
+mod lent_engine;
 mod mapping_room;
 mod memory;
 #[allow(dead_code, unreachable_pub)]

@@ -18,9 +18,10 @@ use crate::engine::{
 use crate::events::DeviceEvents;
 use crate::halt::HaltEstimator;
 use crate::idle_reclaim::IdleReclaim;
+use crate::lent_engine::{sleep, LentEngine, LENT_IN_HALT};
 use crate::linux::memory::vectors::filled;
 use crate::linux::task::kthread::{Runner, Thread};
-use crate::linux::task::wake_event::{Lending, LentEvent, WaitingWork, WakeEvent};
+use crate::linux::task::wake_event::WakeEvent;
 use crate::linux::trace;
 use crate::linux::xen::device::XenDevice;
 use crate::linux::xen::evtchn::{Activity, EventChannel};
@@ -125,10 +126,6 @@ pub(crate) struct QueueSetup<'a, D> {
 
 /// Number of passes in a row of which one publishes the counters; so does each before a sleep.
 const HIDDEN: u8 = 16;
-
-/// Most requests in flight with which a thread lends its engine while it halts the processor. With more of them, completions
-/// gather while the thread, which need not be switched to, answers the first one; interrupts would answer each by itself.
-const LENT_IN_HALT: u16 = 8;
 
 /// Pause before pages that storage holds are looked at once more; each pause in a row is longer by as much.
 const HELD_NS: u64 = 5_000_000;
@@ -277,61 +274,6 @@ fn longest_pause(left: Option<u64>, held: u64) -> Option<u64> {
         _ if soon == 0 => left,
         Some(left) => Some(left.min(soon)),
         None => Some(soon),
-    }
-}
-
-/// Sleeps until woken, for `pause` nanoseconds at most if there is one. `looks` means that the thread must not sleep without a
-/// limit: no event announces that a device was resized, so one thread looks now and then; borrowed pages that are not used are
-/// given back; and requests that wait for a process fail when they have waited for too long, also those of a queue that
-/// outlives the first one.
-fn sleep(lent: LentEvent<'_>, pause: Option<u64>, looks: bool) {
-    match pause {
-        Some(pause) => lent.wait_for(pause),
-        None if looks => lent.wait_for_a_while(),
-        None => lent.wait(),
-    }
-}
-
-fn lending(context: ReapContext) -> Lending {
-    match context {
-        ReapContext::Thread => Lending::Nothing,
-        ReapContext::Task => Lending::ToTasks,
-        ReapContext::Any => Lending::ToAll,
-    }
-}
-
-/// An engine that is lent while the thread waits.
-struct LentEngine<'s, 'e, 'a, D, G, B> {
-    server: &'s Serving<'a, D>,
-    engine: &'s mut Engine<'e, &'a GuestMapping, G, B>,
-    /// Number of times that it was used.
-    calls: u32,
-}
-
-impl<D: QueueBackends, G: Grants, B: Backend> LentEngine<'_, '_, '_, D, G, B> {
-    /// Runs `wait`, in which the thread waits, and lends the engine meanwhile if `lends` and that is possible.
-    fn while_lent<T>(&mut self, lends: bool, wait: impl FnOnce(LentEvent<'_>) -> T) -> T {
-        let wake_event = &self.server.around.control.wake_event;
-        let lending = match lends {
-            true => lending(self.engine.can_lend()),
-            false => Lending::Nothing,
-        };
-        wake_event.lending(self, lending, wait)
-    }
-}
-
-impl<D: QueueBackends, G: Grants, B: Backend> WaitingWork for LentEngine<'_, '_, '_, D, G, B> {
-    fn work(&mut self) -> bool {
-        let answers = self.engine.answer_completed();
-        let server = self.server;
-        if answers.notify {
-            server.guest.notify();
-        }
-        server.guest.traced().pass(0, answers.answered, answers.notify);
-        let (stats, flight) = (self.engine.stats(), self.engine.flight());
-        server.around.tally.show_answered(stats, flight);
-        self.calls = self.calls.wrapping_add(1);
-        answers.rest
     }
 }
 
@@ -623,24 +565,20 @@ impl<'a, D: QueueBackends> Serving<'a, D> {
             let in_flight = engine.in_flight();
             let lends_to_tasks =
                 engine.can_lend() == ReapContext::Task && !params::polls_for_processes();
-            let mut work = LentEngine {
-                server: self,
-                engine,
-                calls: 0,
-            };
+            let mut work = LentEngine::new(engine, self.guest, wake_event, &self.around.tally);
             let halts_here = serves && !lends_to_tasks;
             let lends = in_flight <= LENT_IN_HALT;
             if halts_here && work.while_lent(lends, |lent| halts.wait(lent, start)) {
-                self.show_rarely(work.engine, &mut hidden);
+                self.show_rarely(work.engine(), &mut hidden);
                 // The thread may never sleep.
                 cond_resched();
             } else {
-                let borrows = reclaim.before_sleep(work.engine, start);
-                self.show(work.engine);
+                let borrows = reclaim.before_sleep(work.engine(), start);
+                self.show(work.engine());
                 let looks = borrows || !serves || self.around.leads;
                 work.while_lent(serves, |lent| sleep(lent, pause, looks));
             }
-            let calls = work.calls;
+            let calls = work.calls();
             engine.woken(wake_event.woken_ns());
             // What came in the meantime and was answered without the thread would have been waits of its own.
             let waited = local_clock().saturating_sub(start) / u64::from(calls).saturating_add(1);

@@ -116,7 +116,7 @@ mod tests {
         assert_eq!(of_kernel, ("schedule".into(), "ffffffff81011010".into()));
         assert_eq!(function("ffffffffc0a11010 t submit\t[null_blk]"), None);
         assert_eq!(function("ffffffffc0a11010 d data\t[xen_blkback_rs]"), None);
-        assert_eq!(function("ffffffff81000000 T _text"), None);
+        assert_eq!(function("ffffffff82000000 D jiffies"), None);
     }
 
     #[test]

@@ -17,8 +17,8 @@
 use crate::linux::monotonic_ns;
 use crate::linux::sys;
 use crate::linux::versions;
-use crate::ring::wake::{halted, Loan, Sleeper, StateWord, WakeState};
 pub(crate) use crate::ring::wake::Lending;
+use crate::ring::wake::{halted, Loan, Sleeper, StateWord, WakeState};
 use core::cell::UnsafeCell;
 use core::pin::Pin;
 use core::ptr::NonNull;
@@ -285,9 +285,8 @@ impl LentEvent<'_> {
         let WakeEvent { state, done, .. } = self.event;
         if state.fall_asleep(self.lending) {
             // SAFETY: `done` was initialised by the constructor.
-            let left = unsafe {
-                bindings::wait_for_completion_interruptible_timeout(done.get(), ticks)
-            };
+            let left =
+                unsafe { bindings::wait_for_completion_interruptible_timeout(done.get(), ticks) };
             if left <= 0 && !state.give_up_sleep() {
                 // A waker has taken the state since, or a borrower gives it back: it completes, or already has.
                 // SAFETY: As above.
