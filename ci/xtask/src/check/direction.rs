@@ -100,7 +100,7 @@ const BLKBACK: &[&[&str]] = &[
     ],
     &["memory"],
     &["backing", "halt", "poll", "totals"],
-    &["advertise", "blocking_backend", "idle_reclaim", "phy"],
+    &["advertise", "blocking_backend", "idle_reclaim", "lent_engine", "phy"],
     &["queue"],
     &["connection"],
     &["disk"],
