@@ -82,7 +82,9 @@ fn values(stats: &Stats) -> [u64; COUNTERS] {
 struct ShownValue(AtomicU64);
 
 impl ShownValue {
-    const ZERO: Self = Self(AtomicU64::new(0));
+    const fn zero() -> Self {
+        Self(AtomicU64::new(0))
+    }
 
     #[inline]
     fn get(&self) -> u64 {
@@ -117,10 +119,10 @@ impl Counters {
             push(&mut latencies, Atomic::new(0))?;
         }
         Ok(Self {
-            counters: [const { ShownValue::ZERO }; COUNTERS],
-            in_flight: ShownValue::ZERO,
-            oldest: ShownValue::ZERO,
-            kept: ShownValue::ZERO,
+            counters: [const { ShownValue::zero() }; COUNTERS],
+            in_flight: ShownValue::zero(),
+            oldest: ShownValue::zero(),
+            kept: ShownValue::zero(),
             slots,
             latencies,
         })

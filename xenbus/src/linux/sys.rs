@@ -381,7 +381,7 @@ unsafe extern "C" {
     pub(super) fn xbr_yield_processor();
     pub(super) fn xbr_timer_setup(
         timer: *mut bindings::timer_list,
-        function: unsafe extern "C" fn(*mut bindings::timer_list),
+        function: extern "C" fn(*mut bindings::timer_list),
     );
     pub(super) fn xbr_timer_start(timer: *mut bindings::timer_list, ticks: usize);
     pub(super) fn xbr_pin() -> c_uint;

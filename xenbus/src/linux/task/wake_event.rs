@@ -241,7 +241,7 @@ impl PinnedDrop for WakeEvent {
 }
 
 /// Wakes the sleeper whose alarm this is. Runs in a soft interrupt.
-unsafe extern "C" fn ring_alarm(timer: *mut bindings::timer_list) {
+extern "C" fn ring_alarm(timer: *mut bindings::timer_list) {
     // SAFETY: The timer is that of a `WakeEvent`, whose drop waits for this function.
     let event = unsafe { &*container_of!(Opaque::cast_from(timer), WakeEvent, alarm) };
     event.alarmed.store(false, Relaxed);
