@@ -277,6 +277,11 @@ fn longest_pause(left: Option<u64>, held: u64) -> Option<u64> {
     }
 }
 
+/// Reports whether the tasks of a process answer what it has, so that the thread neither polls nor halts for that.
+fn leaves_to_tasks<G: Grants, B: Backend>(engine: &Engine<'_, &GuestMapping, G, B>) -> bool {
+    engine.can_lend() == ReapContext::Task && !params::polls_for_processes()
+}
+
 /// Body of the thread.
 struct ThreadBody<D: QueueBackends> {
     server: QueueServer<D>,
@@ -563,10 +568,8 @@ impl<'a, D: QueueBackends> Serving<'a, D> {
             self.end_event(broken, &mut active);
             let serves = pause.is_none() && command == QueueCommand::Serve;
             let in_flight = engine.in_flight();
-            let lends_to_tasks =
-                engine.can_lend() == ReapContext::Task && !params::polls_for_processes();
+            let halts_here = serves && !leaves_to_tasks(engine);
             let mut work = LentEngine::new(engine, self.guest, wake_event, &self.around.tally);
-            let halts_here = serves && !lends_to_tasks;
             let lends = in_flight <= LENT_IN_HALT;
             if halts_here && work.while_lent(lends, |lent| halts.wait(lent, start)) {
                 self.show_rarely(work.engine(), &mut hidden);
@@ -645,7 +648,7 @@ impl<'a, D: QueueBackends> Serving<'a, D> {
         }
         let (wake_event, in_flight) = (&self.around.control.wake_event, engine.in_flight());
         // The process's task answers meanwhile; a thread that polls would keep it from that.
-        if engine.can_lend() == ReapContext::Task && !params::polls_for_processes() {
+        if leaves_to_tasks(engine) {
             return engine.must_stay_awake();
         }
         if pollers.wait(in_flight, || {

@@ -346,6 +346,14 @@ impl TapDisk {
     }
 }
 
+/// Takes the first queue of those whose bits are set.
+fn take_queue(queues: &mut u64) -> Option<usize> {
+    let left = *queues;
+    *queues &= left.wrapping_sub(1);
+    // CAST: below 64.
+    (left != 0).then(|| left.trailing_zeros() as usize)
+}
+
 impl DiskInner {
     /// Schedules the device's work, which looks at the disk.
     pub(super) fn kick(&self) {
@@ -363,10 +371,7 @@ impl DiskInner {
     /// Tells queues, one for each bit, that they have something to reap.
     pub(super) fn tell(&self, queues: u64) {
         let mut left = queues;
-        while left != 0 {
-            // CAST: below 64.
-            let queue = left.trailing_zeros() as usize;
-            left &= left.wrapping_sub(1);
+        while let Some(queue) = take_queue(&mut left) {
             if let Some(Some(share)) = self.shares.get(queue) {
                 share.tell();
             }
@@ -375,19 +380,13 @@ impl DiskInner {
 
     /// Returns what the first queue of those whose bits are set shares, and takes its bit.
     pub(super) fn next_share(&self, queues: &mut u64) -> Option<Arc<QueueSignal>> {
-        // CAST: at most 64.
-        let queue = queues.trailing_zeros() as usize;
-        *queues &= queues.wrapping_sub(1);
-        self.shares.get(queue)?.clone()
+        self.shares.get(take_queue(queues)?)?.clone()
     }
 
     /// Tells queues with requests that can begin now.
     pub(super) fn tell_resumable(&mut self) {
         let mut left = self.shadow.take_resumable();
-        while left != 0 {
-            // CAST: below 64.
-            let queue = left.trailing_zeros() as usize;
-            left &= left.wrapping_sub(1);
+        while let Some(queue) = take_queue(&mut left) {
             if let Some(Some(share)) = self.shares.get(queue) {
                 share.tell_resumable();
             }
