@@ -34,6 +34,8 @@ const PARTS: &[(&str, LanePart)] = &[
     ("moves", LanePart::Long("migrate.*,handoff.*")),
     // Other tests of disks with passthrough.
     ("direct", LanePart::Own(e2e::direct)),
+    // Thirty nights of backups, and what a guest's agent does for them.
+    ("backups", LanePart::Long("backup.*")),
     // Leases, which need real time.
     ("leases", LanePart::Long("lease.*")),
     // The daemons of sanlock, which take long.
