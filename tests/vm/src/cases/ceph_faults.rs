@@ -186,12 +186,14 @@ fn wait_full(wanted: bool) -> Result<()> {
 fn pool_full(context: &mut Context) -> Result<()> {
     let image = image(context, "full", 64)?;
     let disk = RbdDisk::attach(context, &image, VDEV)?;
-    set_quota(QUOTA)?;
+    let guest = context.pv()?;
+    // More than the quota, which a slow guest must not meet in the middle of this.
+    fill(guest, VDEV, 0, 24)?;
     // Before the image is removed, which a full pool refuses.
     context.at_end("remove the quota", || set_quota(0).and(wait_full(false)));
-    let guest = context.pv()?;
-    fill(guest, VDEV, 0, 24)?;
+    set_quota(QUOTA)?;
     wait_full(true)?;
+    let guest = context.pv()?;
     let vbd = &disk.vbd;
     let (asked, answered) = (vbd.statistic("wr_req")?, vbd.statistic("wr_done")?);
     let late = guest.start(&filling(VDEV, 24, 8))?;
