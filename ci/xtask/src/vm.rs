@@ -3,7 +3,7 @@
 
 use crate::artifacts::Machines;
 use crate::kernel::Dom0Kernel;
-use crate::machine::{Dom0, Machine};
+use crate::machine::{Dom0, Machine, MachineEnd};
 use crate::{artifacts, build, payload};
 use anyhow::{Context, Result};
 use std::path::Path;
@@ -92,6 +92,9 @@ pub(crate) fn vm(args: &VmArgs) -> Result<ExitCode> {
         Some(number) => code = number.parse::<u8>().ok(),
         None => println!("{line}"),
     })?;
+    if let MachineEnd::Killed(seconds) = outcome.end {
+        eprintln!("error: the command had {seconds} s: `--timeout` gives it more");
+    }
     outcome.verdict()?;
     let code = code.with_context(|| {
         format!(
