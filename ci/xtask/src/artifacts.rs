@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! The artefacts: the build root, the kernel tree, and the disks and initramfs of the machines.
 
-mod ceph;
+mod extended;
 
 use crate::cache::Artefact;
 use crate::kernel::Dom0Kernel;
 use crate::root::Root;
 use crate::{host, kernel, kernel_abi_check, run};
 use anyhow::{Context, Result};
-pub(crate) use ceph::ceph;
+pub(crate) use extended::{ceph, with_ssh};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;

@@ -206,14 +206,15 @@ pub(super) fn debug(tally: &mut TestTally, only: &str, seed: Option<u64>) -> Res
 /// The size of a disk that two hosts share: 64 MiB.
 const SHARED: u64 = 64 << 20;
 
-/// Runs the tests of two hosts with one disk, on a network of their own.
+/// Runs the tests of two hosts on a network of their own, with disks that both have and with disks that each has alone.
 pub(super) fn hosts(tally: &mut TestTally, seed: Option<u64>) -> Result<()> {
     let script = format!(
         "case \" $(cat /proc/cmdline) \" in *\" host=second \"*) exec /t/vmtest peer ;; esac\n\
          exec /t/vmtest run --beside host --nightly{}\n",
         words(seed)
     );
-    let payload = with_everything("hosts", &script, Dom0Kernel::Stock)?;
+    let machines = artifacts::with_ssh()?;
+    let payload = everything("hosts", &script, &machines)?;
     let folder = shared_folder("hosts")?;
     // The image, and the record of its lease.
     let disks = ["disk.raw", "lease.raw"].map(|name| folder.join(name));
@@ -233,7 +234,6 @@ pub(super) fn hosts(tally: &mut TestTally, seed: Option<u64>) -> Result<()> {
         host("hosts", MachineHost::First),
         host("hosts-second", MachineHost::Second),
     ];
-    let machines = artifacts::machines(Dom0Kernel::Stock)?;
     two_machines(tally, both, &machines, &payload);
     Ok(())
 }
