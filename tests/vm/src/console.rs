@@ -135,6 +135,13 @@ impl Console {
         Ok(GuestJob(id))
     }
 
+    /// Runs a command that must succeed and returns its output.
+    pub(crate) fn run(&self, command: &str, limit: Duration) -> Result<String> {
+        let done = self.wait(self.start(command)?, limit)?;
+        done.succeeded(command)?;
+        Ok(done.text)
+    }
+
     /// Expects the answer to a command that was started over an earlier console.
     pub(crate) fn adopt(&self, job: GuestJob) {
         self.shared.lock().jobs.entry(job.0).or_default();

@@ -14,7 +14,7 @@ use crate::guest::{log_path, AttachedVbd, Config, Guest, GuestKind};
 use crate::peer::{self, PeerHost};
 use crate::sh;
 use crate::tap::{self, ServedDisk};
-use anyhow::{ensure, Context as _, Result};
+use anyhow::{bail, ensure, Context as _, Result};
 use serde_json::Value;
 use std::net::TcpStream;
 use std::os::fd::OwnedFd;
@@ -25,37 +25,39 @@ use std::time::{Duration, Instant};
 const IMAGE: &str = "/dev/vdc";
 const RECORD: &str = "/dev/vdd";
 /// Part of it that the guest uses, in MiB.
-const MIB: u32 = 16;
+pub(super) const MIB: u32 = 16;
 /// Time in which xl must move a guest, while two machines share the processors.
 const MOVE: Duration = Duration::from_secs(600);
 const LIMIT: Duration = Duration::from_secs(200);
 
 /// The cases of this file.
 pub(super) fn cases() -> Vec<Case> {
-    let case = |name, about, run: fn(&mut Context) -> Result<()>| {
-        Case::new(name, about, SharedGuest::Nothing, run)
-            .supervised()
-            .no_leaks()
-            .nightly()
-            .beside(SecondMachine::Host)
-    };
     vec![
-        case(
+        host_case(
             "hosts.there_and_back",
             "a guest moves to another host and back under verified load; one host at a time has the image",
             there_and_back,
         ),
-        case(
+        host_case(
             "hosts.destination_dies",
             "the destination dies in the middle of a move: the guest goes on where it was",
             destination_dies,
         ),
-        case(
+        host_case(
             "hosts.source_dies",
             "a host dies with the guest that has moved to it: its lease is broken, and what was flushed is there",
             source_dies,
         ),
     ]
+}
+
+/// Returns a case with a second host.
+pub(super) fn host_case(name: &str, about: &str, run: fn(&mut Context) -> Result<()>) -> Case {
+    Case::new(name, about, SharedGuest::Nothing, run)
+        .supervised()
+        .no_leaks()
+        .nightly()
+        .beside(SecondMachine::Host)
 }
 
 fn target() -> String {
@@ -76,6 +78,9 @@ fn lease_is_here() -> Result<()> {
     Ok(())
 }
 
+/// Name of the guest that moves, on either host.
+pub(super) const GUEST: &str = "moves";
+
 /// All of its memory is sent, so there is little of it.
 fn config(name: &str) -> Config {
     Config {
@@ -84,20 +89,20 @@ fn config(name: &str) -> Config {
     }
 }
 
-/// A guest with the disk, which works on it.
-fn working_guest() -> Result<(Guest, ServedDisk, [GuestJob; 2])> {
+/// Starts a guest that works on a disk with this target.
+pub(super) fn working_guest(target: &str) -> Result<(Guest, ServedDisk, [GuestJob; 2])> {
     peer::wait_up()?;
-    let guest = Guest::create(config("moves"))?;
-    let disk = ServedDisk::attach(&guest, &tap::disk(&target(), VDEV, "w"))?;
+    let guest = Guest::create(config(GUEST))?;
+    let disk = ServedDisk::attach(&guest, &tap::disk(target, VDEV, "w"))?;
     let load = start_load_with(&guest, "")?;
     wait_progress(&disk, 50)?;
     Ok((guest, disk, load))
 }
 
 /// A guest on the second host.
-struct AwayGuest {
+pub(super) struct AwayGuest {
     config: Config,
-    console: Console,
+    pub(super) console: Console,
 }
 
 impl AwayGuest {
@@ -105,6 +110,11 @@ impl AwayGuest {
     fn to(guest: Guest) -> Result<AwayGuest> {
         let domid = guest.domid.to_string();
         sh::run_for(&["bash", "-c", &moving(&domid, PeerHost::Second)], MOVE)?;
+        AwayGuest::arrived(guest)
+    }
+
+    /// Finds a guest of this host that has moved there.
+    pub(super) fn arrived(guest: Guest) -> Result<AwayGuest> {
         let (config, next) = guest.left();
         wait_arrived(&config.name, |line| {
             peer::status(line).map(|(rc, _)| rc == "0")
@@ -130,9 +140,17 @@ impl AwayGuest {
         Guest::arrived(self.config, next, jobs)
     }
 
-    fn run(&self, command: &str) -> Result<()> {
-        let job = self.console.start(command)?;
-        self.console.wait(job, LIMIT)?.succeeded(command)
+    /// Runs a command that must succeed and returns its output.
+    pub(super) fn run(&self, command: &str) -> Result<String> {
+        self.console.run(command, LIMIT)
+    }
+
+    /// Destroys it, and waits until the host there has no disk of it.
+    pub(super) fn destroy(self) -> Result<()> {
+        peer::run(&format!("xl destroy {}", self.config.name))?;
+        sh::wait_for("the end of the disk on the second host", LIMIT, || {
+            Ok(disks_there()?.is_empty())
+        })
     }
 }
 
@@ -151,6 +169,17 @@ fn wait_arrived(name: &str, is_true: impl Fn(&str) -> Result<bool>) -> Result<()
     sh::wait_for("the guest on the other host", LIMIT, || is_true(&line))
 }
 
+/// Returns the tap disks of the second host.
+pub(super) fn disks_there() -> Result<Vec<Value>> {
+    let text = peer::run("tap-ctl --json list")?;
+    let mut listed: Value = serde_json::from_str(&text)
+        .with_context(|| format!("the second host's list is no JSON: {text}"))?;
+    match listed["disks"].take() {
+        Value::Array(disks) => Ok(disks),
+        _ => bail!("the second host's list has no disks: {text}"),
+    }
+}
+
 /// Returns the number of requests that the second host's driver has answered.
 fn answered_there() -> Result<u64> {
     let all = peer::run("cat /sys/bus/xen-backend/devices/vbd-*/statistics/wr_done")?;
@@ -160,7 +189,8 @@ fn answered_there() -> Result<u64> {
         .sum())
 }
 
-fn wait_progress_there() -> Result<()> {
+/// Waits until the second host's driver has answered 50 more requests.
+pub(super) fn wait_progress_there() -> Result<()> {
     let before = answered_there()?;
     sh::wait_for("answers of the second host", LIMIT, || {
         Ok(answered_there()? > before + 50)
@@ -168,7 +198,7 @@ fn wait_progress_there() -> Result<()> {
 }
 
 fn there_and_back(context: &mut Context) -> Result<()> {
-    let (guest, disk, load) = working_guest()?;
+    let (guest, disk, load) = working_guest(&target())?;
     lease_is_here()?;
     let away = AwayGuest::to(guest)?;
     disk.wait_gone()?;
@@ -201,7 +231,7 @@ fn refused(name: &str) -> Result<()> {
 }
 
 fn destination_dies(context: &mut Context) -> Result<()> {
-    let (guest, disk, load) = working_guest()?;
+    let (guest, disk, load) = working_guest(&target())?;
     let domid = guest.domid.to_string();
     let name = guest.config.name.clone();
     let line = moving(&domid, PeerHost::Second);
@@ -229,7 +259,7 @@ fn destination_dies(context: &mut Context) -> Result<()> {
 const MARK: &str = "the last word";
 
 fn source_dies(context: &mut Context) -> Result<()> {
-    let (guest, disk, _load) = working_guest()?;
+    let (guest, disk, _load) = working_guest(&target())?;
     let away = AwayGuest::to(guest)?;
     disk.wait_gone()?;
     wait_progress_there()?;

@@ -21,6 +21,7 @@ mod formats;
 mod groups;
 mod handoff;
 mod hosts;
+mod hosts_out;
 mod hung;
 mod images;
 mod insight;
@@ -515,6 +516,8 @@ pub(crate) fn all() -> Vec<Case> {
         mirror::cases(),
         export::cases(),
         lease::cases(),
+        // First, because those below cut the second host's power.
+        hosts_out::cases(),
         hosts::cases(),
         ceph::cases(),
         reservation::cases(),

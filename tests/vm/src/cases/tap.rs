@@ -6,7 +6,8 @@ use super::permission::check_process;
 use super::scripted_process::history;
 use super::{Case, Context, SharedGuest};
 use crate::backing::{self, Lvm};
-use crate::guest::{AttachedVbd, Guest};
+use crate::console::{Console, GuestJob};
+use crate::guest::{AttachedVbd, Guest, COMMAND};
 use crate::tap::{self, ServedDisk};
 use crate::{sh, xs};
 use anyhow::{ensure, Context as _, Result};
@@ -415,16 +416,13 @@ fn memory(context: &mut Context) -> Result<()> {
 }
 
 /// Starts the guest's load, which runs until it is stopped: the history, and fio beside it.
-pub(crate) fn start_load(guest: &Guest) -> Result<[crate::console::GuestJob; 2]> {
+pub(crate) fn start_load(guest: &Guest) -> Result<[GuestJob; 2]> {
     start_load_with(guest, "--discard")
 }
 
 /// Starts that load with other options of the history: without `--discard` it does not discard, which not every driver
 /// can.
-pub(super) fn start_load_with(
-    guest: &Guest,
-    options: &str,
-) -> Result<[crate::console::GuestJob; 2]> {
+pub(super) fn start_load_with(guest: &Guest, options: &str) -> Result<[GuestJob; 2]> {
     guest.run("rm -f /tmp/stop")?;
     let judged = history(
         DEVICE,
@@ -437,11 +435,16 @@ pub(super) fn start_load_with(
 }
 
 /// Ends the load, which must not have seen an error; returns what the history says.
-pub(crate) fn end_load(guest: &Guest, jobs: [crate::console::GuestJob; 2]) -> Result<String> {
-    guest.run("touch /tmp/stop")?;
+pub(crate) fn end_load(guest: &Guest, jobs: [GuestJob; 2]) -> Result<String> {
+    end_load_over(&guest.console, jobs)
+}
+
+/// Ends a load like [`end_load`], over the console of a guest that need not be on this host.
+pub(super) fn end_load_over(console: &Console, jobs: [GuestJob; 2]) -> Result<String> {
+    console.run("touch /tmp/stop", COMMAND)?;
     let mut texts = Vec::new();
     for (what, job) in ["the history", "fio"].into_iter().zip(jobs) {
-        let done = guest.wait(job, FIO)?;
+        let done = console.wait(job, FIO)?;
         ensure!(
             done.rc == 0,
             "{what} failed in the guest: {}",
