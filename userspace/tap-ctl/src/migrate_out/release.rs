@@ -5,9 +5,10 @@
 use super::far_server::{FarHost, FarServer};
 use crate::cli::Cli;
 use crate::time::now_ms;
-use crate::{complain, connect, patience, Error};
+use crate::{complain, connect, patience, Error, AGAIN};
 use control::supervisor::{Event, Reply, Request, What};
 use control::{Channel, Code, Failure};
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
@@ -30,23 +31,14 @@ impl ReleaseWatch {
             servers,
             is_over: false,
         }));
-        let since = now_ms();
-        let mut channel = connect(cli, patience(cli))?;
-        let subscribe = Request::Subscribe {
-            after: 0,
-            series: None,
+        let events = EventSource {
+            since: now_ms(),
+            socket: cli.socket.clone(),
         };
-        let _: Reply = channel.ask(&subscribe, &[])?;
+        let mut channel = connect(cli, patience(cli))?;
+        subscribe(&mut channel)?;
         let watched = set.clone();
-        thread::spawn(move || {
-            if let Err(failure) = follow(&mut channel, &watched, since) {
-                if !lock(&watched).is_over {
-                    complain(&format!(
-                        "no more events ({failure}): if xl migrate fails now, the guest stays here"
-                    ));
-                }
-            }
-        });
+        thread::spawn(move || events.follow_always(channel, &watched));
         Ok(ReleaseWatch(set))
     }
 
@@ -87,22 +79,83 @@ fn lock(set: &Mutex<ServerSet>) -> MutexGuard<'_, ServerSet> {
     set.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn follow(channel: &mut Channel, set: &Mutex<ServerSet>, since: u64) -> Result<(), Failure> {
-    while let Some((event, _)) = channel.receive::<Event>()? {
-        let event = event.body;
-        // Those before are kept, and told first.
-        if event.at_ms < since || event.what != What::Inactive {
-            continue;
-        }
-        let mut set = lock(set);
-        let Some(minor) = event.minor.filter(|_| !set.is_over) else {
-            continue;
-        };
-        let is_its = |server: &&mut FarServer| server.disk.minor == minor;
-        let told = set.servers.iter_mut().find(is_its).map(FarServer::tell_end);
-        if let Some(Err(failure)) = told {
-            complain(&failure.to_string());
+/// Asks for the events that the supervisor keeps, also those of supervisors before it, and for those to come.
+fn subscribe(channel: &mut Channel) -> Result<(), Failure> {
+    let subscribe = Request::Subscribe {
+        after: 0,
+        series: None,
+    };
+    let _: Reply = channel.ask(&subscribe, &[])?;
+    Ok(())
+}
+
+/// The events of this move.
+struct EventSource {
+    /// When it began, in milliseconds since 1970: older events are kept, and sent first.
+    since: u64,
+    /// Socket of the supervisor.
+    socket: PathBuf,
+}
+
+impl EventSource {
+    /// Ends servers until the move is over. A supervisor that ends is replaced by another one, as by an upgrade, which
+    /// keeps the events of the former one and finds disks that were released in between.
+    fn follow_always(&self, mut channel: Channel, set: &Mutex<ServerSet>) {
+        let mut complained = false;
+        while let Err(failure) = self.follow(&mut channel, set) {
+            if lock(set).is_over {
+                return;
+            }
+            if !std::mem::replace(&mut complained, true) {
+                complain(&format!(
+                    "{failure}: waiting for another blktapctrl, because xl migrate is under way"
+                ));
+            }
+            match next_channel(&self.socket, set) {
+                Some(next) => channel = next,
+                None => return,
+            }
         }
     }
-    Err(Failure::new(Code::Gone, "blktapctrl has ended"))
+
+    fn follow(&self, channel: &mut Channel, set: &Mutex<ServerSet>) -> Result<(), Failure> {
+        while let Some((event, _)) = channel.receive::<Event>()? {
+            let event = event.body;
+            if event.at_ms < self.since || event.what != What::Inactive {
+                continue;
+            }
+            if let Some(minor) = event.minor {
+                released(minor, set);
+            }
+        }
+        Err(Failure::new(Code::Gone, "blktapctrl has ended"))
+    }
+}
+
+/// Subscribes at the next supervisor; nothing if the move is over before there is one.
+fn next_channel(socket: &Path, set: &Mutex<ServerSet>) -> Option<Channel> {
+    loop {
+        thread::sleep(AGAIN);
+        if lock(set).is_over {
+            return None;
+        }
+        let next = Channel::connect(socket)
+            .and_then(|mut channel| subscribe(&mut channel).map(|()| channel));
+        if let Ok(channel) = next {
+            return Some(channel);
+        }
+    }
+}
+
+/// Ends the server of a disk that was released.
+fn released(minor: u32, set: &Mutex<ServerSet>) {
+    let mut set = lock(set);
+    if set.is_over {
+        return;
+    }
+    let is_its = |server: &&mut FarServer| server.disk.minor == minor;
+    let told = set.servers.iter_mut().find(is_its).map(FarServer::tell_end);
+    if let Some(Err(failure)) = told {
+        complain(&failure.to_string());
+    }
 }

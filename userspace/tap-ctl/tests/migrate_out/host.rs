@@ -41,6 +41,10 @@ pub(crate) struct HostState {
     pub(crate) program: Option<u32>,
     /// Exists when the guest is suspended.
     pub(crate) suspended: PathBuf,
+    /// The supervisor ends when it has been subscribed to, and the next one sends the events.
+    pub(crate) restarts: bool,
+    /// Subscriptions that were answered.
+    pub(crate) subscriptions: usize,
 }
 
 impl HostState {
@@ -127,9 +131,16 @@ pub(crate) fn serve(socket: &Path, state: Arc<Mutex<HostState>>) {
 fn talk(mut channel: Channel, state: &Mutex<HostState>) {
     while let Ok(Some((question, _))) = channel.receive::<Request>() {
         if matches!(question.body, Request::Subscribe { .. }) {
+            let is_first = {
+                let mut state = state.lock().expect("the state");
+                state.subscriptions += 1;
+                state.restarts && state.subscriptions == 1
+            };
             let told = channel.answer(question.id, Ok(Reply::Done));
             told.expect("a listener");
-            tell_suspension(&mut channel, state);
+            if !is_first {
+                tell_suspension(&mut channel, state);
+            }
             return;
         }
         let answer = state.lock().expect("the state").answer(question.body);
@@ -170,6 +181,8 @@ fn tell_suspension(channel: &mut Channel, state: &Mutex<HostState>) {
         goes_on = suspended.parent().is_some_and(Path::exists);
     }
     tell(now());
+    // A supervisor does not end by itself.
+    let _ = channel.receive::<Request>();
 }
 
 /// Whether a disk of this test is served from an export.

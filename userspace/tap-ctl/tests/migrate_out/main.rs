@@ -299,6 +299,19 @@ fn a_migration_that_fails_leaves_the_guest_served_and_can_be_repeated() {
 }
 
 #[test]
+fn a_supervisor_that_ends_during_the_migration_is_followed_by_the_next_one() {
+    let hosts = TwoHosts::new();
+    hosts.state().restarts = true;
+    let output = hosts.run("beta");
+    assert!(output.status.success(), "{output:?}");
+    let said = String::from_utf8(output.stderr).expect("text");
+    assert!(said.contains("waiting for another blktapctrl"), "{said}");
+    assert_eq!(hosts.state().subscriptions, 2);
+    hosts.same_there();
+    hosts.nothing_left();
+}
+
+#[test]
 fn a_run_that_is_killed_is_continued_by_the_next_one() {
     for mirror in [1, 2] {
         let hosts = TwoHosts::new();
