@@ -197,7 +197,7 @@ fn served_from_its_image(image: &str) -> Result<()> {
     Ok(())
 }
 
-/// Checks that the former image may not be written.
+/// Checks that the former image is marked as read-only.
 fn is_read_only(image: &str) -> Result<()> {
     let former = fs::metadata(image).with_context(|| format!("{image} is gone"))?;
     let mode = former.permissions().mode();
