@@ -303,6 +303,7 @@ fn is_as_it_should_be(lifecycle: &Rc<Lifecycle>, disk: &Rc<Disk>, state: tapdisk
         }
         tapdisk::State::Inactive => {
             lifecycle.found_inactive(disk);
+            lifecycle.tell_released(disk);
             true
         }
         _ => false,

@@ -124,6 +124,14 @@ impl Events {
         }
     }
 
+    /// Returns the newest event of a disk, of those that are kept and meant.
+    pub(crate) fn newest(&self, minor: u32, is_meant: impl Fn(&What) -> bool) -> Option<What> {
+        let kept = self.kept.borrow();
+        let mut newest = kept.iter().rev();
+        let found = newest.find(|event| event.minor == Some(minor) && is_meant(&event.what));
+        found.map(|event| event.what.clone())
+    }
+
     /// Changes whenever there is a new event.
     pub fn subscribe(&self) -> watch::Receiver<u64> {
         self.last.subscribe()

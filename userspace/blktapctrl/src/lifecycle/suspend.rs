@@ -152,6 +152,21 @@ impl Lifecycle {
         }
     }
 
+    /// Sends the event that the former supervisor owes about an image that was released: it ended before it had stored
+    /// that.
+    pub(crate) fn tell_released(&self, disk: &Disk) {
+        let inactive = disk.record.borrow().inactive;
+        let is_suspended = matches!(inactive, Some(InactiveReason::Suspended { .. }));
+        let events = &self.registry.events;
+        let is_about_that = |what: &What| {
+            // Another disk may have had the number.
+            matches!(what, What::Inactive | What::Active | What::Created { .. })
+        };
+        if is_suspended && events.newest(disk.minor, is_about_that) != Some(What::Inactive) {
+            events.add(Some(disk.minor), What::Inactive);
+        }
+    }
+
     /// Waits for the process' report that its inactive disk has a request.
     pub(crate) fn await_wish(self: &Rc<Self>, disk: &Rc<Disk>, process: &Rc<Process>) {
         if disk.listened.replace(Some(process.known())) == Some(process.known()) {

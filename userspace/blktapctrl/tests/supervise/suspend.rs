@@ -471,6 +471,47 @@ fn next_supervisor_knows_who_is_inactive() {
     });
 }
 
+/// The supervisor ends between the release of an image and the event about it, which the next one sends, once.
+#[test]
+fn event_of_a_released_image_is_sent_by_the_next_supervisor() {
+    let host = Succession::new("suspend-event");
+    let tellings = |bed: &Bed| {
+        let events = bed.registry().events.after(0);
+        let inactive = events.iter().filter(|event| event.what == What::Inactive);
+        inactive.count()
+    };
+    let history = block_on(async {
+        let moving = Moving::new(host.bed());
+        let source = moving.made(3).await;
+        moving.suspend(3);
+        moving.is(source, State::Inactive).await;
+        until("the event", || async {
+            (tellings(&moving.bed) == 1).then_some(())
+        })
+        .await;
+        // The destination has had no image yet, so no event is about it.
+        moving.made(4).await;
+        moving.bed.registry().folder.events()
+    });
+    fs::remove_file(history).expect("the events");
+    for _ in 0..2 {
+        block_on(async {
+            let bed = Moving::new(host.bed()).bed;
+            recovery::disks(&bed.lifecycle).await;
+            until("the event", || async {
+                (tellings(&bed) == 1).then_some(())
+            })
+            .await;
+        });
+    }
+    block_on(async {
+        let bed = host.bed();
+        recovery::disks(&bed.lifecycle).await;
+        bed.lifecycle.destroy_all(bed.registry().all()).await;
+        assert_eq!(tellings(&bed), 1);
+    });
+}
+
 /// An inactive disk can be paused, and another machine does not get the image.
 #[test]
 fn inactive_disk_is_still_the_disk_of_its_image() {
