@@ -4,8 +4,8 @@
 use super::snapshot::sum;
 use super::tap::{end_load, full_image, image, start_load_with, wait_progress, VDEV};
 use super::{Case, Context, SharedGuest};
-use crate::sh;
 use crate::tap::{self, ServedDisk};
+use crate::{backing, sh};
 use anyhow::{ensure, Context as _, Result};
 use std::collections::BTreeMap;
 use std::fs;
@@ -27,7 +27,25 @@ const TAPIMG: &str = "/srv/vmtest/backups.tapimg";
 pub(super) fn cases() -> Vec<Case> {
     let about = "thirty backups of a disk under load, some of which are killed, leave its chain as it was, and each that is restored is the disk as of its snapshot";
     let nights = Case::new("backup.nights", about, SharedGuest::Pv, nights);
-    vec![nights.supervised().no_leaks().nightly()]
+    let about = "a device with other content is kept without --force; with it the restored disk is there, zeros included";
+    let onto = Case::new(
+        "backup.onto_used_device",
+        about,
+        SharedGuest::Pv,
+        onto_used_device,
+    );
+    let both = [nights, onto];
+    both.map(|case| case.supervised().no_leaks().nightly())
+        .into()
+}
+
+/// Makes the folder of the backups.
+fn folder(context: &mut Context) -> Result<()> {
+    fs::create_dir_all(FOLDER).context("cannot make the folder of backups")?;
+    context.at_end(format!("remove {FOLDER}"), || {
+        Ok(fs::remove_dir_all(FOLDER)?)
+    });
+    Ok(())
 }
 
 /// Makes a tapimg that writes the checksum of each frozen disk and the name of its backup before it copies it.
@@ -35,12 +53,11 @@ fn observe(context: &mut Context) -> Result<()> {
     let script = format!(
         "#!/bin/sh\n[ \"$3\" = convert ] && echo \"$(sha256sum <\"${{4#*:}}\") ${{5##*/}}\" >>{SUMS}\nexec tapimg \"$@\"\n"
     );
-    fs::create_dir_all(FOLDER).context("cannot make the folder of backups")?;
+    folder(context)?;
     fs::write(SUMS, "")?;
     fs::write(TAPIMG, script)?;
     fs::set_permissions(TAPIMG, fs::Permissions::from_mode(0o755))?;
-    context.at_end(format!("remove {FOLDER}"), || {
-        fs::remove_dir_all(FOLDER)?;
+    context.at_end("remove the checksums", || {
         fs::remove_file(SUMS)?;
         Ok(fs::remove_file(TAPIMG)?)
     });
@@ -115,4 +132,55 @@ fn nights(context: &mut Context) -> Result<()> {
     }
     disk.detach(context.pv()?)?;
     context.note(&format!("{} backups; {told}", listed.len()))
+}
+
+/// MiB of a device behind the end of the disk that is restored onto it.
+const BEHIND: u32 = 4;
+
+fn onto_used_device(context: &mut Context) -> Result<()> {
+    let base = image(context, "a.img", SIZE)?;
+    folder(context)?;
+    let device = context.null_blk(SIZE + BEHIND, &[])?.path();
+    let whole = SIZE + BEHIND;
+    sh::shell(&format!(
+        "dd if=/dev/urandom of={device} bs=1M count={whole} oflag=direct status=none"
+    ))?;
+    let guest = context.pv()?;
+    let disk = ServedDisk::attach(guest, &tap::disk(&format!("aio:{base}"), VDEV, "w"))?;
+    // Most of the disk is a hole.
+    guest.run(&format!(
+        "dd if=/dev/urandom of=/dev/{VDEV} bs=1M seek=2 count=1 conv=fsync 2>/dev/null"
+    ))?;
+    let domid = guest.domid.to_string();
+    sh::run_for(&["tap-ctl", "backup", &domid, VDEV, FOLDER], LIMIT)?;
+    disk.detach(guest)?;
+    let before = backing::sha256(&device, whole)?;
+    let to = format!("aio:{device}");
+    let words = ["tap-ctl", "restore", FOLDER, &to];
+    let refused = sh::status(&words, LIMIT)?;
+    ensure!(
+        refused.rc != 0 && refused.text.contains(&device) && refused.text.contains("--force"),
+        "the content of {device} was not protected: {}",
+        refused.text
+    );
+    ensure!(
+        backing::sha256(&device, whole)? == before,
+        "a restore that was refused has written to {device}"
+    );
+    let behind = || {
+        sh::shell(&format!(
+            "dd if={device} bs=1M skip={SIZE} iflag=direct status=none | sha256sum"
+        ))
+    };
+    let kept = behind()?;
+    sh::run_for(&[&words[..], &["--force"]].concat(), LIMIT)?;
+    ensure!(
+        backing::sha256(&device, SIZE)? == backing::sha256(&base, SIZE)?,
+        "{device} is not what the disk was"
+    );
+    ensure!(
+        behind()? == kept,
+        "the restore has written behind the end of the disk"
+    );
+    Ok(())
 }
