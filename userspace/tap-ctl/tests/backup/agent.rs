@@ -42,6 +42,8 @@ pub(crate) enum AgentKind {
     Kills,
     /// The agent thaws on its own a moment after the freeze.
     Forgets,
+    /// The agent is killed after the freeze and started again, and the first commands after that are lost.
+    Restarts,
 }
 
 /// Record of the commands that the agent got.
@@ -50,6 +52,8 @@ pub(crate) struct AgentState {
     kind: AgentKind,
     freezes: u32,
     thaws: u32,
+    /// Commands that were lost after the freeze.
+    pub(crate) lost: u32,
     /// The program that takes a backup.
     pub(crate) program: Option<u32>,
     frozen: PathBuf,
@@ -66,6 +70,7 @@ impl FakeAgent {
             kind,
             freezes: 0,
             thaws: 0,
+            lost: 0,
             program: None,
             frozen: frozen.to_owned(),
         }));
@@ -101,6 +106,9 @@ impl FakeAgent {
             let bytes = std::mem::take(&mut line);
             let is_marked = bytes.first() == Some(&0xff);
             let text = bytes.strip_prefix(&[0xff]).unwrap_or(&bytes);
+            if self.loses() {
+                continue;
+            }
             let command: Value = serde_json::from_slice(text).expect("a command");
             let name = command["execute"].as_str().expect("a name").to_owned();
             let went = match name.as_str() {
@@ -116,6 +124,14 @@ impl FakeAgent {
                 return;
             }
         }
+    }
+
+    /// Returns true if a command does not reach the agent: a sync and a thaw.
+    fn loses(&self) -> bool {
+        let mut state = self.state();
+        let loses = state.kind == AgentKind::Restarts && state.freezes > 0 && state.lost < 2;
+        state.lost += u32::from(loses);
+        loses
     }
 
     /// Answers; false ends the connection.

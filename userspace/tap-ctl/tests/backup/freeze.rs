@@ -153,6 +153,17 @@ fn noise_of_an_agent_is_skipped() {
 }
 
 #[test]
+fn an_agent_that_was_started_again_while_frozen_gets_the_thaw_again() {
+    let bed = Bed::new(&[("a.img", 51712)]);
+    let agent = bed.agent(AgentKind::Restarts);
+    bed.back_up(AGENT);
+    assert_eq!(bed.state().frozen_at_snapshot, [true]);
+    assert_eq!((agent.counts(), agent.state().lost), ((1, 1), 2));
+    assert!(!bed.is_frozen());
+    assert_eq!(bed.consistency(), ["file-system"]);
+}
+
+#[test]
 fn a_program_freezes_and_thaws() {
     let bed = Bed::new(&[("a.img", 51712)]);
     bed.program();
@@ -173,7 +184,10 @@ fn a_program_freezes_and_thaws() {
         let why = errors(&output);
         assert_eq!(output.status.code(), Some(6), "{why}");
         assert!(why.contains(word), "{why}");
-        assert_eq!(why.contains("`xl sysrq 3 j`"), how == "hang", "{why}");
+        let remedy = ["`xl sysrq 3 j`", "kernel.sysrq of the guest"];
+        for words in remedy {
+            assert_eq!(why.contains(words), how == "hang", "{why}");
+        }
         assert!(verbs(&bed).starts_with("freeze 3\nthaw 3\n"), "{how}");
         assert_eq!(bed.list(), before, "{how}");
         bed.assert_clean();

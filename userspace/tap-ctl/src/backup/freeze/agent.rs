@@ -26,6 +26,8 @@ const LONGEST: usize = 64 << 10;
 const MOST: usize = 1 << 20;
 /// Characters of the guest that are shown.
 const SHOWN: usize = 200;
+/// Time without an answer after which a thaw is sent again: an agent that was started again has lost what came before.
+const AGAIN: Duration = Duration::from_secs(3);
 /// Time between two attempts to connect to a socket whose queue is full.
 const PAUSE: Duration = Duration::from_millis(50);
 
@@ -103,7 +105,7 @@ impl AgentLink {
     ) -> Result<(), String> {
         let id = number()?;
         self.send(&sync_command(id), limit)?;
-        self.synced(id, limit, stop)
+        self.synced(&[id], limit, stop)
     }
 
     /// Freezes all file systems.
@@ -127,19 +129,29 @@ impl AgentLink {
     /// # Errors
     /// Whether they are thawed is not known.
     pub(super) fn thaw(&mut self, limit: Instant) -> Result<u64, String> {
-        let id = number()?;
-        // Both at once, so that an agent that comes back after the limit still thaws.
-        let mut commands = sync_command(id);
-        commands.extend_from_slice(b"{\"execute\":\"guest-fsfreeze-thaw\"}\n");
-        self.send(&commands, limit)?;
-        self.synced(id, limit, None)?;
+        let mut ids = Vec::new();
+        loop {
+            let id = number()?;
+            ids.push(id);
+            // Both at once, so that an agent that comes back after the limit still thaws.
+            let mut commands = sync_command(id);
+            commands.extend_from_slice(b"{\"execute\":\"guest-fsfreeze-thaw\"}\n");
+            self.send(&commands, limit)?;
+            let next = limit.min(Instant::now() + AGAIN);
+            match self.synced(&ids, next, None) {
+                Ok(()) => break,
+                Err(why) if Instant::now() < next || next == limit => return Err(why),
+                Err(_) => {}
+            }
+        }
+        // Of several thaws that an agent gets late, the first one says how many were frozen.
         AgentAnswer::parse(&self.line(limit, None)?)?.count()
     }
 
-    /// Skips all that comes before the answer to a sync.
+    /// Skips all that comes before the answer to one of these syncs.
     fn synced(
         &mut self,
-        id: u32,
+        ids: &[u32],
         limit: Instant,
         stop: Option<BorrowedFd<'_>>,
     ) -> Result<(), String> {
@@ -153,7 +165,7 @@ impl AgentLink {
                     self.unread.drain(..=at);
                     let line = self.line(limit, stop)?;
                     let answer = AgentAnswer::parse(&line).and_then(AgentAnswer::count);
-                    if answer == Ok(u64::from(id)) {
+                    if ids.iter().any(|id| answer == Ok(u64::from(*id))) {
                         return Ok(());
                     }
                 }

@@ -83,7 +83,8 @@ impl FreezeMeans {
 
     fn warn(&self, why: &str) {
         complain(&format!(
-            "the file systems of {0} may still be frozen: {why}. `xl sysrq {0} j` thaws them",
+            "the file systems of {0} may still be frozen: {why}. `xl sysrq {0} j` thaws them if kernel.sysrq of the guest is 1 or \
+             includes 64",
             self.guest
         ));
     }
