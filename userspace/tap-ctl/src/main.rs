@@ -31,7 +31,7 @@ mod top;
 mod trace;
 
 use cli::{Cli, Image, Verb};
-use control::supervisor::{self, Allocate, Create, HungAction, Mode, Reply, Request, Which};
+use control::supervisor::{self, Allocate, Create, Mode, Reply, Request, Which};
 use control::tapdisk::Open;
 use control::{json_line, shown, shown_lines, Channel, Code, ExitStatus, Failure, Limits, Target};
 use std::io::{self, Write};
@@ -441,11 +441,7 @@ fn allocate(node: &cli::Allocate) -> Allocate {
             fail_after_s: node.policy.fail_after,
             max_deaths: node.policy.max_deaths,
             hung_after_s: node.policy.hung_after,
-            hung: if node.policy.kill_hung {
-                HungAction::Kill
-            } else {
-                HungAction::Report
-            },
+            hung: node.policy.on_hung(),
             on_no_space: node.policy.on_no_space.into(),
             on_error: node.policy.on_error.into(),
             limits: Limits {
@@ -676,7 +672,7 @@ mod tests {
 
     #[test]
     fn policy_is_passed_on() {
-        let line = "tap-ctl create -a ram:1M --arena 8 --fail-after 7 --kill-hung --hung-after 9 --max-deaths 5";
+        let line = "tap-ctl create -a ram:1M --arena 8 --fail-after 7 --hung kill --hung-after 9 --max-deaths 5";
         let Ok(Request::Create(create)) = parse(line) else {
             panic!("{line}");
         };
@@ -685,6 +681,35 @@ mod tests {
         assert_eq!(create.policy.hung_after_s, 9);
         assert_eq!(create.policy.hung, HungAction::Kill);
         assert_eq!(create.policy.max_deaths, 5);
+    }
+
+    #[test]
+    fn action_on_a_hung_process_has_one_name_and_an_older_one() {
+        for (said, action) in [
+            ("", HungAction::Report),
+            (" --hung report", HungAction::Report),
+            (" --hung kill", HungAction::Kill),
+            (" --kill-hung", HungAction::Kill),
+        ] {
+            let line = format!("tap-ctl create -a ram:1M{said}");
+            let made = parse(&line);
+            assert!(
+                matches!(&made, Ok(Request::Create(create)) if create.policy.hung == action),
+                "{line}: {made:?}"
+            );
+        }
+        // The older name would contradict it.
+        assert!(parse("tap-ctl create -a ram:1M --kill-hung --hung report").is_err());
+        let mut create = Cli::command();
+        let help = create
+            .find_subcommand_mut("create")
+            .expect("a verb")
+            .render_long_help();
+        let help = help.to_string();
+        assert!(
+            help.contains("--hung <WHAT>") && !help.contains("--kill-hung"),
+            "{help}"
+        );
     }
 
     #[test]

@@ -466,7 +466,7 @@ fn s13_hung(context: &mut Context) -> Result<()> {
         let mut arguments = vec!["create", "--minor-only", "--minor", wanted];
         arguments.extend(["--hung-after", "2", "-a", &target]);
         if kill {
-            arguments.push("--kill-hung");
+            arguments.extend(["--hung", "kill"]);
         }
         let minor: u32 = tap::ctl(&arguments)?.trim().parse()?;
         let guest = context.pv()?;

@@ -40,8 +40,11 @@ pub(crate) struct Policy {
     /// Call a process hung that answers nothing for so many seconds; 0 for never
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     pub(crate) hung_after: u32,
-    /// Kill a process that is hung, so that it is replaced; else only an event tells
-    #[arg(long)]
+    /// Action on a process that is hung
+    #[arg(long, value_enum, value_name = "WHAT", default_value_t = HungName::Report)]
+    pub(crate) hung: HungName,
+    /// Older name of `--hung kill`
+    #[arg(long, hide = true, conflicts_with = "hung")]
     pub(crate) kill_hung: bool,
     /// Action when the image has no room for a write
     #[arg(long, value_enum, value_name = "WHAT", default_value_t = ErrorName::Stop)]
@@ -61,6 +64,16 @@ pub(crate) struct Policy {
     /// Let it share the limits of a group, too (tap-ctl group)
     #[arg(long, value_name = "NAME")]
     pub(crate) group: Option<GroupName>,
+}
+
+impl Policy {
+    /// Returns the action on a process that is hung.
+    pub(crate) fn on_hung(&self) -> HungAction {
+        match self.kill_hung {
+            true => HungAction::Kill,
+            false => self.hung.into(),
+        }
+    }
 }
 
 /// Changes of a disk's policy. Other settings stay.
@@ -97,7 +110,7 @@ pub(crate) struct Changed {
     /// Call a process hung that answers nothing for so many seconds; 0 for never
     #[arg(long, value_name = "SECONDS")]
     pub(crate) hung_after: Option<u32>,
-    /// Kill a process that is hung, so that it is replaced, or only tell of it
+    /// Action on a process that is hung
     #[arg(long, value_enum, value_name = "WHAT")]
     pub(crate) hung: Option<HungName>,
 }
