@@ -3,15 +3,37 @@
 
 use clap::{Arg, Command};
 
-/// Checks that no line of the help of a command, or of a verb, is longer than `columns`, unless it is one word.
+/// Checks that no line of the help of a command, or of a verb, is longer than `columns`, unless it is one word, and that
+/// options say the unit of their values.
 ///
 /// # Panics
-/// A line is.
+/// A line is longer, or a unit is missing.
 pub fn assert_help_fits(mut command: Command, columns: usize) {
     command.build();
-    let mut long = Vec::new();
-    collect_long(&mut command, columns, &mut long);
-    assert!(long.is_empty(), "{}", long.join("\n"));
+    let mut wrong = Vec::new();
+    collect_long(&mut command, columns, &mut wrong);
+    collect_vague(&command, &mut wrong);
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+/// Finds options that describe their value as so many of something, and those whose value is a time without its unit: the
+/// unit belongs into the value's name, as in `<SECONDS>`.
+fn collect_vague(command: &Command, wrong: &mut Vec<String>) {
+    for arg in command.get_arguments().filter(|arg| !arg.is_hide_set()) {
+        let texts = [arg.get_help(), arg.get_long_help()].into_iter().flatten();
+        let text = texts.map(ToString::to_string).collect::<Vec<_>>().join(" ");
+        // The lines of a help that fits the terminal may end anywhere.
+        let text = text.split_whitespace().collect::<Vec<_>>().join(" ");
+        let name = arg.get_value_names().unwrap_or_default().first();
+        let is_timed = text.starts_with("Seconds") || text.starts_with("Milliseconds");
+        let has_unit = name.is_some_and(|name| name.ends_with("SECONDS"));
+        if text.contains("so many") || text.contains("so long") || is_timed && !has_unit {
+            wrong.push(format!("{} {}: {text}", command.get_name(), typed(arg)));
+        }
+    }
+    for verb in command.get_subcommands().filter(|verb| !verb.is_hide_set()) {
+        collect_vague(verb, wrong);
+    }
 }
 
 fn collect_long(command: &mut Command, columns: usize, long: &mut Vec<String>) {
@@ -96,5 +118,29 @@ fn typed(arg: &Arg) -> String {
             let name = name.map_or(arg.get_id().as_str(), |name| name.as_str());
             name.split(' ').next().unwrap_or(name).to_owned()
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::collect_vague;
+    use clap::{Arg, Command};
+
+    /// Returns true if the option of a verb may have this help and a value of this name.
+    fn is_clear(help: &'static str, name: &'static str) -> bool {
+        let option = Arg::new("after").long("after").help(help).value_name(name);
+        let command = Command::new("program").subcommand(Command::new("verb").arg(option));
+        let mut wrong = Vec::new();
+        collect_vague(&command, &mut wrong);
+        wrong.is_empty()
+    }
+
+    #[test]
+    fn options_say_the_unit_of_their_values() {
+        assert!(is_clear("Seconds until the end", "SECONDS"));
+        assert!(is_clear("Milliseconds until the end", "MILLISECONDS"));
+        assert!(is_clear("Requests in a second", "NUMBER"));
+        assert!(!is_clear("End after so many seconds", "SECONDS"));
+        assert!(!is_clear("Seconds until the end", "NUMBER"));
     }
 }

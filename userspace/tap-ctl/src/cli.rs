@@ -51,7 +51,7 @@ pub(crate) struct Cli {
         default_value = "/run/xentap/control.sock"
     )]
     pub(crate) socket: PathBuf,
-    /// Wait for so many seconds for blktapctrl, should it be starting anew
+    /// Seconds to wait for blktapctrl if it is starting again
     #[arg(long, global = true, help_heading = EVERY, value_name = "SECONDS", default_value_t = 30)]
     pub(crate) patience: u32,
     /// A folder that stands for / where files of the kernel and the system are read

@@ -45,7 +45,7 @@ pub(crate) struct Limits {
         value_parser = control::typed_requests
     )]
     iops: Option<u32>,
-    /// After a rest, let each disk do at once what it may do in so many seconds
+    /// Seconds of its limits that each disk may use at once after a rest
     #[arg(long, value_name = "SECONDS")]
     burst: Option<u32>,
 }

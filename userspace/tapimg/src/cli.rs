@@ -207,7 +207,7 @@ pub(crate) struct Layout {
     #[arg(long, value_name = "BYTES", value_parser = sector_size)]
     pub(crate) sector_size: Option<u32>,
     /// With key=: milliseconds that a processor of this host takes to try a key; 2000 if not said
-    #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(1..=10_000))]
+    #[arg(long, value_name = "MILLISECONDS", value_parser = clap::value_parser!(u64).range(1..=10_000))]
     pub(crate) iter_time: Option<u64>,
 }
 

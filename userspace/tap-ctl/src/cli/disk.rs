@@ -315,7 +315,7 @@ pub(crate) struct Handoff {
     #[arg(short, long, default_value_t = 4, requires = "all", value_parser = clap::value_parser!(u32).range(1..=64))]
     pub(crate) jobs: u32,
     /// Seconds that the new process gets for each of its steps
-    #[arg(short, long, default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(short, long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) timeout: u32,
 }
 

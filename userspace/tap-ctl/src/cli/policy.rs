@@ -31,13 +31,13 @@ fn arena_mib(text: &str) -> Result<u32, String> {
 /// Behaviour of a disk on errors.
 #[derive(Debug, Args)]
 pub(crate) struct Policy {
-    /// Fail requests after so many seconds without a process; 0 holds them for ever
+    /// Seconds without a process after which requests fail; 0 holds them for ever
     #[arg(long, value_name = "SECONDS", default_value_t = 0)]
     pub(crate) fail_after: u32,
-    /// Fail a request when so many processes have died of it, and nothing else; 0 tries it for ever
-    #[arg(long, value_name = "NUMBER", default_value_t = 3, value_parser = clap::value_parser!(u32).range(..=255))]
+    /// Processes that die of one request alone before it fails; 0 tries it for ever
+    #[arg(long, value_name = "PROCESSES", default_value_t = 3, value_parser = clap::value_parser!(u32).range(..=255))]
     pub(crate) max_deaths: u32,
-    /// Call a process hung that answers nothing for so many seconds; 0 for never
+    /// Seconds without an answer after which a process counts as hung; 0 for never
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     pub(crate) hung_after: u32,
     /// Action on a process that is hung
@@ -58,7 +58,7 @@ pub(crate) struct Policy {
     /// Execute no more of its requests than this in a second, such as 500 or 20k; 0 for as many as there are
     #[arg(long, value_name = "NUMBER", default_value = "0", value_parser = control::typed_requests)]
     pub(crate) iops: u32,
-    /// After a rest, let it do at once what it may do in so many seconds
+    /// Seconds of its limits that the disk may use at once after a rest
     #[arg(long, value_name = "SECONDS", default_value_t = 1)]
     pub(crate) burst: u32,
     /// Let it share the limits of a group, too (tap-ctl group)
@@ -95,7 +95,7 @@ pub(crate) struct Changed {
     /// Execute no more of its requests than this in a second, such as 500 or 20k; 0 for as many as there are
     #[arg(long, value_name = "NUMBER", value_parser = control::typed_requests)]
     pub(crate) iops: Option<u32>,
-    /// After a rest, let it do at once what it may do in so many seconds
+    /// Seconds of its limits that the disk may use at once after a rest
     #[arg(long, value_name = "SECONDS")]
     pub(crate) burst: Option<u32>,
     /// Let it share the limits of a group, too (tap-ctl group), or take it out of its group with none
@@ -107,7 +107,7 @@ pub(crate) struct Changed {
     /// Action when I/O on the image fails for another reason
     #[arg(long, value_enum, value_name = "WHAT")]
     pub(crate) on_error: Option<ErrorName>,
-    /// Call a process hung that answers nothing for so many seconds; 0 for never
+    /// Seconds without an answer after which a process counts as hung; 0 for never
     #[arg(long, value_name = "SECONDS")]
     pub(crate) hung_after: Option<u32>,
     /// Action on a process that is hung

@@ -24,7 +24,7 @@ pub(crate) struct Close {
     #[arg(short, long)]
     pub(crate) force: bool,
     /// Seconds to wait
-    #[arg(short, long, default_value_t = 120)]
+    #[arg(short, long, value_name = "SECONDS", default_value_t = 120)]
     pub(crate) timeout: u32,
 }
 
@@ -34,7 +34,7 @@ pub(crate) struct Pause {
     #[command(flatten)]
     pub(crate) which: Which,
     /// Seconds to wait
-    #[arg(short, long, default_value_t = 120)]
+    #[arg(short, long, value_name = "SECONDS", default_value_t = 120)]
     pub(crate) timeout: u32,
 }
 
@@ -44,6 +44,6 @@ pub(crate) struct Destroy {
     #[command(flatten)]
     pub(crate) which: Which,
     /// Seconds to wait; the disk goes all the same when nothing holds it any more
-    #[arg(short, long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(short, long, value_name = "SECONDS", default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) timeout: u32,
 }

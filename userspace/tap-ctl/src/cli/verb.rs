@@ -217,7 +217,7 @@ pub(crate) enum Verb {
     /// and their numbers stay theirs. If one cannot, all are served as before. Disks that are to be made wait a while.
     Park {
         /// Seconds that a disk gets
-        #[arg(long, default_value_t = 5)]
+        #[arg(long, value_name = "SECONDS", default_value_t = 5)]
         timeout: u32,
     },
     /// Resume all parked disks, with the module that is loaded now

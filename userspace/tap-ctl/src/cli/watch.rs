@@ -76,10 +76,11 @@ pub(crate) struct Watch {
     /// Seconds between the two looks at all disks
     #[arg(short, long, value_name = "SECONDS", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) interval: u32,
-    /// Call a disk slow whose requests take so many milliseconds
-    #[arg(long, value_name = "MS", default_value_t = SLOW_MS, value_parser = clap::value_parser!(u32).range(1..))]
+    /// Milliseconds for a request from which a disk counts as slow
+    #[arg(long, value_name = "MILLISECONDS", default_value_t = SLOW_MS, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) slow: u32,
-    /// Call a disk hung whose oldest request waits for so many seconds; a disk without such a count is watched so long
+    /// Seconds that the oldest request of a hung disk has waited; a disk whose oldest request is unknown is watched for that
+    /// time
     #[arg(
         long,
         alias = "hung",
@@ -94,9 +95,9 @@ pub(crate) struct Watch {
 #[derive(Debug, Args)]
 pub(crate) struct Top {
     /// Seconds between two pictures
-    #[arg(short, long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(short, long, value_name = "SECONDS", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) delay: u32,
-    /// Print so many pictures, then end
-    #[arg(short = 'n', long)]
+    /// Number of pictures to print before the end
+    #[arg(short = 'n', long, value_name = "PICTURES")]
     pub(crate) iterations: Option<u32>,
 }
