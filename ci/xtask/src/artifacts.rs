@@ -2,6 +2,7 @@
 //! The artefacts: the build root, the kernel tree, and the disks and initramfs of the machines.
 
 mod extended;
+mod guest_agent;
 
 use crate::cache::Artefact;
 use crate::kernel::Dom0Kernel;
@@ -9,6 +10,7 @@ use crate::root::Root;
 use crate::{host, kernel, kernel_abi_check, run};
 use anyhow::{Context, Result};
 pub(crate) use extended::{ceph, with_ssh};
+pub(crate) use guest_agent::guest_agent;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -306,12 +308,8 @@ fn guest_kernel(suite: &'static str) -> Result<PathBuf> {
         inputs: vec![suite, GUEST_KERNEL],
     }
     .get(|dir, log| {
-        let sources = dir.with_extension("list");
-        fs::write(&sources, host::sources_of(suite, &[""])?)?;
-        let mut command = Command::new("mmdebstrap");
-        command.args(["--variant=extract", "--include=linux-image-amd64", suite]);
-        command.arg(dir.join("tree")).arg(&sources);
-        run::logged(command.stdin(std::process::Stdio::null()), log)?;
+        let sources = host::sources_of(suite, &[""])?;
+        unpacked(dir, log, suite, &sources, "linux-image-amd64")?;
         let root = Root::new(&build_root).bind(dir, "/mnt/a");
         run::logged(&mut root.script(GUEST_KERNEL), log)?;
         run::remove_tree(&dir.join("tree"))
@@ -403,15 +401,8 @@ fn debian_with(
 ) -> Result<()> {
     let sources = dir.with_extension("list");
     fs::write(&sources, host::sources()?)?;
-    let packages: Vec<&str> = packages
-        .lines()
-        .filter(|line| !line.starts_with('#'))
-        .flat_map(str::split_whitespace)
-        .collect();
-    let mut command = Command::new("mmdebstrap");
-    command.args(["--variant=minbase", "--aptopt=Acquire::Languages \"none\""]);
+    let mut command = bootstrap("minbase", packages);
     command.args(options);
-    command.arg(format!("--include={}", packages.join(",")));
     if let Some((text, release)) = hook {
         let file = dir.with_extension("hook");
         fs::write(&file, text)?;
@@ -420,6 +411,29 @@ fn debian_with(
     }
     command.arg(host::SUITE).arg(dir).arg(&sources);
     run::logged(command.stdin(std::process::Stdio::null()), log)
+}
+
+/// Unpacks packages of a suite and all that they depend on in `dir/tree`, and installs none.
+fn unpacked(dir: &Path, log: &Path, suite: &str, sources: &str, packages: &str) -> Result<()> {
+    let list = dir.with_extension("list");
+    fs::write(&list, sources)?;
+    let mut command = bootstrap("extract", packages);
+    command.arg(suite).arg(dir.join("tree")).arg(&list);
+    run::logged(command.stdin(std::process::Stdio::null()), log)
+}
+
+/// Returns the command that makes a Debian tree with the packages of this list.
+fn bootstrap(variant: &str, packages: &str) -> Command {
+    let packages: Vec<&str> = packages
+        .lines()
+        .filter(|line| !line.starts_with('#'))
+        .flat_map(str::split_whitespace)
+        .collect();
+    let mut command = Command::new("mmdebstrap");
+    command.arg(format!("--variant={variant}"));
+    command.arg("--aptopt=Acquire::Languages \"none\"");
+    command.arg(format!("--include={}", packages.join(",")));
+    command
 }
 
 /// Inputs of dom0's disk besides programs.

@@ -3,7 +3,7 @@
 
 use crate::artifacts::Machines;
 use crate::root::Root;
-use crate::{build, install, run};
+use crate::{artifacts, build, install, run};
 use anyhow::{Context, Result};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -78,4 +78,13 @@ pub(crate) fn add_guest(payload: &Path, machines: &Machines, agent: &Path) -> Re
         .bind(&guest, "/mnt/b");
     run::shown(&mut root.script(script)).context("cannot pack the guest's initramfs")?;
     run::remove_tree(&added)
+}
+
+/// Adds QEMU's guest agent for guests that want it, beside the guest.
+pub(crate) fn add_guest_agent(payload: &Path, machines: &Machines) -> Result<()> {
+    let archive = artifacts::guest_agent(&machines.build_root)?;
+    let name = archive.file_name().context("an archive has a name")?;
+    fs::copy(&archive, payload.join("guest").join(name))
+        .with_context(|| format!("cannot copy {}", archive.display()))?;
+    Ok(())
 }

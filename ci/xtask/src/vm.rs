@@ -124,6 +124,7 @@ fn fill(args: &VmArgs, payload: &Path, machines: &Machines) -> Result<()> {
             payload::add_program(payload, &program)?;
         }
         payload::add_guest(payload, machines, &programs.join("vmtest"))?;
+        payload::add_guest_agent(payload, machines)?;
     }
     Ok(())
 }

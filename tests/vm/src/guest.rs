@@ -10,6 +10,8 @@ use std::time::Duration;
 
 /// Folder of the tests' payload in dom0.
 pub(crate) const PAYLOAD: &str = "/t/guest";
+/// The initramfs there.
+const INITRAMFS: &str = "guest.cpio.gz";
 /// The kernel's command line. An error in a guest ends it, with its reason on the console.
 pub(crate) const CMDLINE: &str = "console=hvc0 loglevel=5 panic=1 oops=panic panic_on_warn=1";
 /// Folder of configurations, logs and saved guests.
@@ -64,6 +66,8 @@ pub(crate) struct Config {
     pub(crate) maptrack_frames: Option<u32>,
     /// Whether xl starts it again when it has rebooted or crashed.
     pub(crate) starts_again: bool,
+    /// Socket of dom0 for QEMU's guest agent, whose program the guest then has.
+    pub(crate) agent: Option<String>,
 }
 
 impl Config {
@@ -80,6 +84,7 @@ impl Config {
             is_driver_domain: false,
             maptrack_frames: None,
             starts_again: false,
+            agent: None,
         }
     }
 
@@ -114,8 +119,11 @@ impl Config {
         let maptrack = self.maptrack_frames.map_or_else(String::new, |frames| {
             format!("max_maptrack_frames = {frames}\n")
         });
+        let channel = self.agent.as_ref().map_or_else(String::new, |path| {
+            format!("channel = ['name=org.qemu.guest_agent.0,connection=socket,path={path}']\n")
+        });
         format!(
-            "{maptrack}name = '{}'\ntype = '{kind}'\n{}memory = {}\nvcpus = {}\n\
+            "{maptrack}{channel}name = '{}'\ntype = '{kind}'\n{}memory = {}\nvcpus = {}\n\
              on_poweroff = 'destroy'\non_reboot = '{again}'\non_crash = '{again}'\ndisk = [{disks}]\nvif = []\n\
              tsc_mode = 'native'\ndriver_domain = {}\n",
             self.name, self.boot_text(), self.memory, self.vcpus, u8::from(self.is_driver_domain)
@@ -125,11 +133,12 @@ impl Config {
     fn boot_text(&self) -> String {
         match (self.boot, self.kind) {
             (Boot::Payload, kind) => format!(
-                "{}kernel = '{PAYLOAD}/vmlinuz'\nramdisk = '{PAYLOAD}/guest.cpio.gz'\nextra = '{CMDLINE} {}'\n",
+                "{}kernel = '{PAYLOAD}/vmlinuz'\nramdisk = '{}'\nextra = '{CMDLINE} {}'\n",
                 match kind {
                     GuestKind::Hvm => "vga = 'none'\n",
                     GuestKind::Pv | GuestKind::Pvh => "",
                 },
+                self.ramdisk().display(),
                 self.cmdline
             ),
             // The BIOS reads an IDE disk sector by sector: minutes in emulation, for a kernel.
@@ -139,6 +148,32 @@ impl Config {
             ),
             (Boot::Disk, _) => "bootloader = 'pygrub'\n".to_owned(),
         }
+    }
+}
+
+impl Config {
+    /// Returns the path of its initramfs.
+    fn ramdisk(&self) -> PathBuf {
+        match self.agent {
+            None => Path::new(PAYLOAD).join(INITRAMFS),
+            Some(_) => Path::new(RUN_DIR).join(format!("{}.cpio.gz", self.name)),
+        }
+    }
+
+    /// Makes the initramfs, if the guest has more programs than others. The kernel unpacks one archive after the other.
+    fn make_ramdisk(&self) -> Result<()> {
+        let archives = match self.agent {
+            None => return Ok(()),
+            Some(_) => [INITRAMFS, "qemu-ga.cpio.gz"],
+        };
+        let mut all = Vec::new();
+        for name in archives {
+            let path = Path::new(PAYLOAD).join(name);
+            let archive = std::fs::read(&path);
+            all.extend(archive.with_context(|| format!("cannot read {}", path.display()))?);
+        }
+        let path = self.ramdisk();
+        std::fs::write(&path, all).with_context(|| format!("cannot write {}", path.display()))
     }
 }
 
@@ -177,13 +212,14 @@ impl Guest {
     /// Creates the domain and waits for its agent.
     pub(crate) fn create(config: Config) -> Result<Guest> {
         std::fs::create_dir_all(RUN_DIR).context("cannot create the directory for guests")?;
-        for file in ["vmlinuz", "guest.cpio.gz"] {
+        for file in ["vmlinuz", INITRAMFS] {
             if !Path::new(PAYLOAD).join(file).exists() {
                 bail!("{PAYLOAD}/{file} is missing: put it into the payload of the machine");
             }
         }
         let path = format!("{RUN_DIR}/{}.cfg", config.name);
         std::fs::write(&path, config.text()).with_context(|| format!("cannot write {path}"))?;
+        config.make_ramdisk()?;
         sh::run_for(&["xl", "create", &path], XL)?;
         Guest::connect(config, 1)
     }

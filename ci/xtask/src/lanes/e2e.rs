@@ -167,9 +167,11 @@ fn cases_on(tally: &mut TestTally, machine: Machine, script: &str) -> Result<()>
     Ok(())
 }
 
-/// Makes a payload for `vmtest`, with the module that has planted faults as well.
+/// Makes a payload for `vmtest`, with the module that has planted faults and QEMU's guest agent as well.
 fn with_faulty(name: &str, script: &str) -> Result<PathBuf> {
-    let payload = with_everything(name, script, Dom0Kernel::Stock)?;
+    let machines = artifacts::machines(Dom0Kernel::Stock)?;
+    let payload = everything(name, script, &machines)?;
+    payload::add_guest_agent(&payload, &machines)?;
     let faulty = payload.join("faulty");
     fs::create_dir_all(&faulty)?;
     fs::copy(build::faulty_module()?, faulty.join("xen-blkback-rs.ko"))?;

@@ -76,7 +76,7 @@ fn sums() -> Result<BTreeMap<String, String>> {
 }
 
 /// Checks that the disk is served from its own image, and that nothing is beside that.
-fn check_chain(disk: &ServedDisk, base: &str) -> Result<()> {
+pub(super) fn check_chain(disk: &ServedDisk, base: &str) -> Result<()> {
     let listed = tap::ctl_json(&["list", "-m", &disk.minor.to_string()])?;
     let target = listed["disks"][0]["target"].as_str().unwrap_or_default();
     ensure!(target == format!("aio:{base}"), "the disk has {target}");

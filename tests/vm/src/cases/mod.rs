@@ -2,6 +2,7 @@
 //! The cases and what runs them.
 
 mod backup;
+mod backup_agent;
 mod basic;
 mod beside;
 mod boot;
@@ -526,6 +527,7 @@ pub(crate) fn all() -> Vec<Case> {
         tap_life::cases(),
         direct::cases(),
         backup::cases(),
+        backup_agent::cases(),
         dirty::cases(),
         trace::cases(),
         boot::cases(),
