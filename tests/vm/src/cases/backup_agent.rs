@@ -83,7 +83,8 @@ impl AgentBed {
         ))?;
         guest.run(HOOK)?;
         sh::wait_for("the guest's end of the channel", LIMIT, || {
-            Ok(guest.status("[ -c /dev/hvc1 ]")?.rc == 0)
+            // The node of the device is there without a channel, too.
+            Ok(guest.status("[ -e /sys/bus/xen/devices/console-1 ]")?.rc == 0)
         })?;
         guest.run(START)?;
         Ok(AgentBed { guest, disk, image })
