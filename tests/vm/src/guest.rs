@@ -175,6 +175,16 @@ impl Config {
         let path = self.ramdisk();
         std::fs::write(&path, all).with_context(|| format!("cannot write {}", path.display()))
     }
+
+    /// Removes an initramfs that was made, which is in memory, when xl has read it.
+    fn remove_ramdisk(&self) -> Result<()> {
+        let path = self.ramdisk();
+        match self.agent {
+            None => Ok(()),
+            Some(_) => std::fs::remove_file(&path)
+                .with_context(|| format!("cannot remove {}", path.display())),
+        }
+    }
 }
 
 /// Trouble in the logs of guests that have ended.
@@ -220,7 +230,9 @@ impl Guest {
         let path = format!("{RUN_DIR}/{}.cfg", config.name);
         std::fs::write(&path, config.text()).with_context(|| format!("cannot write {path}"))?;
         config.make_ramdisk()?;
-        sh::run_for(&["xl", "create", &path], XL)?;
+        let created = sh::run_for(&["xl", "create", &path], XL);
+        config.remove_ramdisk()?;
+        created?;
         Guest::connect(config, 1)
     }
 
