@@ -74,7 +74,7 @@ impl LoadedDisk {
 }
 
 /// Waits until the driver has answered that many more writes.
-fn wait_answers(vbd: &AttachedVbd, count: u64) -> Result<()> {
+pub(super) fn wait_answers(vbd: &AttachedVbd, count: u64) -> Result<()> {
     let before = vbd.statistic("wr_done")?;
     sh::wait_for("answers to the guest's writes", GO_ON, || {
         Ok(vbd.statistic("wr_done")? >= before + count)

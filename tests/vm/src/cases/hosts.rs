@@ -27,8 +27,8 @@ const RECORD: &str = "/dev/vdd";
 /// Part of it that the guest uses, in MiB.
 pub(super) const MIB: u32 = 16;
 /// Time in which xl must move a guest, while two machines share the processors.
-const MOVE: Duration = Duration::from_secs(600);
-const LIMIT: Duration = Duration::from_secs(200);
+pub(super) const MOVE: Duration = Duration::from_secs(600);
+pub(super) const LIMIT: Duration = Duration::from_secs(200);
 
 /// The cases of this file.
 pub(super) fn cases() -> Vec<Case> {
@@ -82,7 +82,7 @@ fn lease_is_here() -> Result<()> {
 pub(super) const GUEST: &str = "moves";
 
 /// All of its memory is sent, so there is little of it.
-fn config(name: &str) -> Config {
+pub(super) fn config(name: &str) -> Config {
     Config {
         memory: 192,
         ..Config::new(name, GuestKind::Pv, 1)
@@ -157,14 +157,19 @@ impl AwayGuest {
 /// Returns the line of shell that moves a guest to the other host. It fails if the guest is not sent, which then
 /// resumes where it was.
 fn moving(guest: &str, to: PeerHost) -> String {
+    moving_by(&format!("xl save {guest}"), to, "")
+}
+
+/// Returns that line for another command that saves a guest, and with a configuration for the other host.
+pub(super) fn moving_by(save: &str, to: PeerHost, config: &str) -> String {
     let address = to.address();
     // xl opens its input by a name, which a socket has not.
-    let restore = "'cat | xl restore /dev/stdin'";
-    format!("xl save {guest} >(/t/vmtest reach {address} {restore} >/dev/null)")
+    let restore = format!("'cat | xl restore {config} /dev/stdin'");
+    format!("{save} >(/t/vmtest reach {address} {restore} >/dev/null)")
 }
 
 /// Waits until a guest runs on a host on which `is_true` executes a line of shell.
-fn wait_arrived(name: &str, is_true: impl Fn(&str) -> Result<bool>) -> Result<()> {
+pub(super) fn wait_arrived(name: &str, is_true: impl Fn(&str) -> Result<bool>) -> Result<()> {
     let line = format!("xl list {name} | grep -q -- ' [r-][b-]---- '");
     sh::wait_for("the guest on the other host", LIMIT, || is_true(&line))
 }

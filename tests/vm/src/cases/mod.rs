@@ -22,6 +22,7 @@ mod formats;
 mod groups;
 mod handoff;
 mod hosts;
+mod hosts_drbd;
 mod hosts_out;
 mod hung;
 mod images;
@@ -519,6 +520,7 @@ pub(crate) fn all() -> Vec<Case> {
         lease::cases(),
         // First, because those below cut the second host's power.
         hosts_out::cases(),
+        hosts_drbd::cases(),
         hosts::cases(),
         ceph::cases(),
         reservation::cases(),
