@@ -112,6 +112,7 @@ impl Lifecycle {
             // The next one leaves the image alone, and so must the kernel.
             self.take_from_kernel(disk, DRAIN).await?;
             self.give_lease_up(disk).await;
+            self.registry.events.add(Some(disk.minor), What::Inactive);
             return Ok(());
         }
         let status = process.status().await.inspect_err(|_| {

@@ -344,6 +344,11 @@ fn death_while_an_image_is_let_go_of() {
         bed.replaced_in(minor, State::Inactive, kill).await;
         host.switch("slow", false);
         assert_eq!(bed.log()[3..], ["attach 0", "open inactive"]);
+        // The image is as free as if the process had let go of it.
+        until("the event", || async {
+            bed.events().contains(&What::Inactive).then_some(())
+        })
+        .await;
         host.resume(3);
         host.wish(minor);
         host.is(minor, State::Running).await;
