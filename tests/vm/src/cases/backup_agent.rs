@@ -298,6 +298,8 @@ fn lost(context: &mut Context) -> Result<()> {
     let bed = AgentBed::new(context, GuestKind::Pv)?;
     let writer = bed.guest.start(WRITE)?;
     bed.wait_writes()?;
+    // The chain has a dirty bitmap from here on.
+    ended(bed.back_up(""), 0)?;
 
     bed.guest.run("killall -STOP qemu-ga")?;
     let output = ended(bed.back_up("--freeze --freeze-limit 5"), REFUSED)?;

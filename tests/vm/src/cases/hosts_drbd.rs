@@ -74,8 +74,11 @@ fn configured() -> String {
 fn make_resource(context: &mut Context) -> Result<()> {
     peer::wait_up()?;
     context.at_end("take the resource down", || {
+        // A case that failed may have left a guest there.
+        let guests = "xl list | awk 'NR > 2 { print $1 }'";
+        peer::run(&format!("for guest in $({guests}); do xl destroy $guest; done"))?;
         // The disks are also an image and the record of its lease.
-        on_both("drbdadm down r0; rmmod drbd")?;
+        on_both("drbdadm down r0 && rmmod drbd")?;
         sh::shell("for disk in vdc vdd; do dd if=/dev/zero of=/dev/$disk bs=1M oflag=direct status=none; done; true")
             .map(drop)
     });
