@@ -110,10 +110,7 @@ impl Lifecycle {
         };
         if process.has_died(&failure).await {
             // The next one leaves the image alone, and so must the kernel.
-            self.take_from_kernel(disk, DRAIN).await?;
-            self.give_lease_up(disk).await;
-            self.registry.events.add(Some(disk.minor), What::Inactive);
-            return Ok(());
+            return self.became_inactive(disk, None).await;
         }
         let status = process.status().await.inspect_err(|_| {
             // It is not known whether it has the image.
