@@ -9,7 +9,7 @@ use crate::kernel::Dom0Kernel;
 use crate::root::Root;
 use crate::{host, kernel, kernel_abi_check, run};
 use anyhow::{Context, Result};
-pub(crate) use extended::{ceph, with_ssh};
+pub(crate) use extended::{ceph, two_hosts};
 pub(crate) use guest_agent::guest_agent;
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! Machines whose dom0 has more packages than the usual one: Ceph, for a host with its client and for a cluster, or ssh
-//! between two hosts.
+//! and DRBD between two hosts.
 
 use super::{
     debian, dom0_image, folder_name, stock_machines, BuiltKernel, Dom0Image, FirstProcess,
@@ -81,7 +81,7 @@ pub(crate) fn ceph() -> Result<Machines> {
     CEPH.machines()
 }
 
-/// Returns the machines with a dom0 that has ssh and its server.
-pub(crate) fn with_ssh() -> Result<Machines> {
+/// Returns the machines with a dom0 that has ssh, its server, and DRBD's programs.
+pub(crate) fn two_hosts() -> Result<Machines> {
     SSH.machines()
 }

@@ -162,16 +162,16 @@ fn cases(tally: &mut TestTally, name: &str, script: &str) -> Result<()> {
 fn cases_on(tally: &mut TestTally, machine: Machine, script: &str) -> Result<()> {
     let name = machine.name.clone();
     let payload = with_faulty(&name, script)?;
+    // Only cases that take long use it.
+    payload::add_guest_agent(&payload, &artifacts::machines(Dom0Kernel::Stock)?)?;
     let outcome = report(tally, machine, Dom0Kernel::Stock, &payload, |_| ());
     consoles(tally, &name, outcome);
     Ok(())
 }
 
-/// Makes a payload for `vmtest`, with the module that has planted faults and QEMU's guest agent as well.
+/// Makes a payload for `vmtest`, with the module that has planted faults as well.
 fn with_faulty(name: &str, script: &str) -> Result<PathBuf> {
-    let machines = artifacts::machines(Dom0Kernel::Stock)?;
-    let payload = everything(name, script, &machines)?;
-    payload::add_guest_agent(&payload, &machines)?;
+    let payload = with_everything(name, script, Dom0Kernel::Stock)?;
     let faulty = payload.join("faulty");
     fs::create_dir_all(&faulty)?;
     fs::copy(build::faulty_module()?, faulty.join("xen-blkback-rs.ko"))?;
@@ -215,7 +215,7 @@ pub(super) fn hosts(tally: &mut TestTally, seed: Option<u64>) -> Result<()> {
          exec /t/vmtest run --beside host --nightly{}\n",
         words(seed)
     );
-    let machines = artifacts::with_ssh()?;
+    let machines = artifacts::two_hosts()?;
     let payload = everything("hosts", &script, &machines)?;
     let folder = shared_folder("hosts")?;
     // The image, and the record of its lease.
