@@ -68,9 +68,7 @@ const SCRIPT_TIME: u32 = 120;
 fn patient_script() -> Result<String> {
     fs::create_dir_all(RUN_DIR).context("cannot make the folder of the hotplug script")?;
     let path = format!("{RUN_DIR}/block-patient");
-    fs::write(&path, PATIENT).with_context(|| format!("cannot write {path}"))?;
-    fs::set_permissions(&path, fs::Permissions::from_mode(0o755))
-        .with_context(|| format!("cannot make a program of {path}"))?;
+    sh::program(&path, PATIENT)?;
     let edit = format!("s/^STORAGE_TIMEOUT=.*/STORAGE_TIMEOUT=\"{SCRIPT_TIME}\"/");
     sh::run(&["sed", "-i", &edit, SETTINGS])?;
     Ok(path)

@@ -149,9 +149,7 @@ impl Config {
             (Boot::Disk, _) => "bootloader = 'pygrub'\n".to_owned(),
         }
     }
-}
 
-impl Config {
     /// Returns the path of its initramfs.
     fn ramdisk(&self) -> PathBuf {
         match self.agent {

@@ -2,6 +2,8 @@
 //! Running programs of dom0 with a time limit, and waiting for a condition with a deadline.
 
 use anyhow::{bail, Context, Result};
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
@@ -33,6 +35,13 @@ pub(crate) fn status(argv: &[&str], limit: Duration) -> Result<Output> {
         text,
         stdout,
     })
+}
+
+/// Makes a program of this text.
+pub(crate) fn program(path: &str, text: &str) -> Result<()> {
+    fs::write(path, text).with_context(|| format!("cannot write {path}"))?;
+    fs::set_permissions(path, fs::Permissions::from_mode(0o755))
+        .with_context(|| format!("cannot make a program of {path}"))
 }
 
 /// Runs a program that must succeed and returns its standard output.

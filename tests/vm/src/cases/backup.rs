@@ -9,7 +9,6 @@ use crate::{backing, sh};
 use anyhow::{ensure, Context as _, Result};
 use std::collections::BTreeMap;
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
 use std::time::Duration;
 
 /// MiB of the disk. The load is in the first ten.
@@ -55,8 +54,7 @@ fn observe(context: &mut Context) -> Result<()> {
     );
     folder(context)?;
     fs::write(SUMS, "")?;
-    fs::write(TAPIMG, script)?;
-    fs::set_permissions(TAPIMG, fs::Permissions::from_mode(0o755))?;
+    sh::program(TAPIMG, &script)?;
     context.at_end("remove the checksums", || {
         fs::remove_file(SUMS)?;
         Ok(fs::remove_file(TAPIMG)?)

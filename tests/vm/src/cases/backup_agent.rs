@@ -8,7 +8,6 @@ use crate::sh::{self, Output};
 use crate::tap::{self, ServedDisk};
 use anyhow::{ensure, Context as _, Result};
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
@@ -155,8 +154,7 @@ fn make_tool(context: &mut Context) -> Result<()> {
          exec tapimg \"$@\"\n"
     );
     fs::create_dir_all(FOLDER).context("cannot make the folder of backups")?;
-    fs::write(TAPIMG, script)?;
-    fs::set_permissions(TAPIMG, fs::Permissions::from_mode(0o755))?;
+    sh::program(TAPIMG, &script)?;
     fs::write(GO, "")?;
     context.at_end(format!("remove {FOLDER}"), || {
         fs::remove_dir_all(FOLDER)?;

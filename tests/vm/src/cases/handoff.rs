@@ -9,7 +9,6 @@ use crate::tap::{self, ServedDisk};
 use anyhow::{ensure, Context as _, Result};
 use control::installed::TAPDISK;
 use serde_json::Value;
-use std::os::unix::fs::PermissionsExt;
 use std::time::Duration;
 
 /// Hand-offs under load.
@@ -80,8 +79,7 @@ fn upgrade(context: &mut Context, name: &str) -> Result<String> {
 /// A program that does something else, with the one that is installed as `$tapdisk`.
 fn script(context: &mut Context, name: &str, text: &str) -> Result<String> {
     let path = image(context, name, 1)?;
-    std::fs::write(&path, format!("#!/bin/sh\ntapdisk={TAPDISK}\n{text}\n"))?;
-    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755))?;
+    sh::program(&path, &format!("#!/bin/sh\ntapdisk={TAPDISK}\n{text}\n"))?;
     Ok(path)
 }
 

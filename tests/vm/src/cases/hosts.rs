@@ -116,9 +116,7 @@ impl AwayGuest {
     /// Finds a guest of this host that has moved there.
     pub(super) fn arrived(guest: Guest) -> Result<AwayGuest> {
         let (config, next) = guest.left();
-        wait_arrived(&config.name, |line| {
-            peer::status(line).map(|(rc, _)| rc == "0")
-        })?;
+        wait_arrived_there(&config.name)?;
         let tty = peer::run(&format!(
             "xenstore-read /local/domain/$(xl domid {})/console/tty",
             config.name
@@ -145,6 +143,14 @@ impl AwayGuest {
         self.console.run(command, LIMIT)
     }
 
+    /// Has it store and flush a mark at this offset of its disk, in MiB.
+    pub(super) fn store_mark(&self, at: u32) -> Result<()> {
+        self.run(&format!(
+            "echo {MARK} >/tmp/mark && dd if=/tmp/mark of=/dev/{VDEV} bs=1M seek={at} conv=sync,fsync"
+        ))
+        .map(drop)
+    }
+
     /// Destroys it, and waits until the host there has no disk of it.
     pub(super) fn destroy(self) -> Result<()> {
         peer::run(&format!("xl destroy {}", self.config.name))?;
@@ -168,8 +174,13 @@ pub(super) fn moving_by(save: &str, to: PeerHost, config: &str) -> String {
     format!("{save} >(/t/vmtest reach {address} {restore} >/dev/null)")
 }
 
+/// Waits until a guest runs on the second host.
+pub(super) fn wait_arrived_there(name: &str) -> Result<()> {
+    wait_arrived(name, |line| peer::status(line).map(|(rc, _)| rc == "0"))
+}
+
 /// Waits until a guest runs on a host on which `is_true` executes a line of shell.
-pub(super) fn wait_arrived(name: &str, is_true: impl Fn(&str) -> Result<bool>) -> Result<()> {
+fn wait_arrived(name: &str, is_true: impl Fn(&str) -> Result<bool>) -> Result<()> {
     let line = format!("xl list {name} | grep -q -- ' [r-][b-]---- '");
     sh::wait_for("the guest on the other host", LIMIT, || is_true(&line))
 }
@@ -260,17 +271,29 @@ fn destination_dies(context: &mut Context) -> Result<()> {
     context.note(&told)
 }
 
-/// Last data that the guest stores before its host dies, behind the area of the load.
+/// Last data that a guest stores before its host dies.
 const MARK: &str = "the last word";
+/// Where it is in the image, in MiB: behind the area of the load.
+const MARK_AT: u32 = 15;
+
+/// Checks that a disk has the mark that was stored at this offset, in MiB.
+pub(super) fn has_mark(guest: &Guest, at: u32) -> Result<()> {
+    let said = guest.run(&format!(
+        "dd if=/dev/{VDEV} bs=1M skip={at} count=1 2>/dev/null | head -n 1"
+    ))?;
+    ensure!(
+        said.trim() == MARK,
+        "what the guest had flushed is gone: {said:?}"
+    );
+    Ok(())
+}
 
 fn source_dies(context: &mut Context) -> Result<()> {
     let (guest, disk, _load) = working_guest(&target())?;
     let away = AwayGuest::to(guest)?;
     disk.wait_gone()?;
     wait_progress_there()?;
-    away.run(&format!(
-        "echo {MARK} >/tmp/mark && dd if=/tmp/mark of=/dev/xvdb bs=1M seek=15 conv=sync,fsync"
-    ))?;
+    away.store_mark(MARK_AT)?;
     let theirs = holder()?;
     let generation = theirs["generation"]
         .as_u64()
@@ -294,11 +317,7 @@ fn source_dies(context: &mut Context) -> Result<()> {
     let guest = Guest::create(config("again"))?;
     let disk = ServedDisk::attach(&guest, &tap::disk(&target(), VDEV, "w"))?;
     let again = cut.elapsed();
-    let said = guest.run("dd if=/dev/xvdb bs=1M skip=15 count=1 2>/dev/null | head -n 1")?;
-    ensure!(
-        said.trim() == MARK,
-        "what the guest had flushed is gone: {said:?}"
-    );
+    has_mark(&guest, MARK_AT)?;
     disk.detach(&guest)?;
     guest.destroy()?;
     context.note(&format!(

@@ -6,11 +6,13 @@
 use super::ceph::fill;
 use super::ceph_faults::wait_answers;
 use super::hosts::{
-    config, host_case, moving_by, wait_arrived, wait_progress_there, AwayGuest, LIMIT, MIB, MOVE,
+    config, has_mark, host_case, moving_by, wait_arrived_there, wait_progress_there, AwayGuest,
+    GUEST, LIMIT, MIB, MOVE,
 };
 use super::tap::{end_load_over, forget_refused, start_load_with, VDEV};
 use super::{Case, Context};
 use crate::cluster::{self, ScriptResult};
+use crate::console::GuestJob;
 use crate::guest::Guest;
 use crate::peer::{self, PeerHost};
 use crate::{backing, sh, tap};
@@ -148,23 +150,26 @@ fn move_away(guest: Guest) -> Result<AwayGuest> {
     peer::run(&format!("echo {text} | base64 -d >{path}"))?;
     let line = moving_by(&format!("xl save -p {domid}"), PeerHost::Second, &path);
     sh::run_for(&["bash", "-c", &line], MOVE)?;
-    wait_arrived(&incoming, |line| {
-        peer::status(line).map(|(rc, _)| rc == "0")
-    })?;
+    wait_arrived_there(&incoming)?;
     wait_roles("Primary/Primary")?;
     sh::run(&["xl", "destroy", &domid])?;
     peer::run(&format!("xl rename {incoming} {name}"))?;
     AwayGuest::arrived(guest)
 }
 
-fn moves(context: &mut Context) -> Result<()> {
+/// A guest that works on the disk and has moved to the second host, and its load.
+fn moved_guest(context: &mut Context) -> Result<(AwayGuest, [GuestJob; 2])> {
     make_resource(context)?;
-    let guest = Guest::create(config("moves"))?;
+    let guest = Guest::create(config(GUEST))?;
     let vbd = guest.attach(&disk())?;
     let load = start_load_with(&guest, "")?;
     wait_answers(&vbd, 50)?;
     wait_roles("Primary/Secondary")?;
-    let away = move_away(guest)?;
+    Ok((move_away(guest)?, load))
+}
+
+fn moves(context: &mut Context) -> Result<()> {
+    let (away, load) = moved_guest(context)?;
     wait_roles("Secondary/Primary")?;
     one_primary()?;
     wait_progress_there()?;
@@ -178,32 +183,16 @@ fn moves(context: &mut Context) -> Result<()> {
     context.note(&said)
 }
 
-/// Last data that the guest stores before its host dies, behind the area of the load.
-const MARK: &str = "the last word";
-
 fn dies(context: &mut Context) -> Result<()> {
-    make_resource(context)?;
-    let guest = Guest::create(config("moves"))?;
-    let vbd = guest.attach(&disk())?;
-    let _load = start_load_with(&guest, "")?;
-    wait_answers(&vbd, 50)?;
-    let away = move_away(guest)?;
-    away.run(&format!(
-        "echo {MARK} >/tmp/mark && dd if=/tmp/mark of=/dev/{VDEV} bs=1M seek={MIB} conv=sync,fsync"
-    ))?;
+    let (away, _load) = moved_guest(context)?;
+    away.store_mark(MIB)?;
     peer::cut_power()?;
     sh::wait_for("the loss of the peer", LIMIT, || {
         Ok(!state()?.contains(" Connected "))
     })?;
     let guest = Guest::create(config("again"))?;
     let vbd = guest.attach(&disk())?;
-    let said = guest.run(&format!(
-        "dd if=/dev/{VDEV} bs=1M skip={MIB} count=1 2>/dev/null | head -n 1"
-    ))?;
-    ensure!(
-        said.trim() == MARK,
-        "what the guest had flushed is gone: {said:?}"
-    );
+    has_mark(&guest, MIB)?;
     fill(&guest, VDEV, 0, MIB / 2)?;
     peer::wait_up()?;
     peer::run(&format!("{} && drbdadm up r0", configured()))?;

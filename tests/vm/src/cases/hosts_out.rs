@@ -5,7 +5,7 @@
 //! not migrated live with this Xen.
 
 use super::hosts::{
-    disks_there, host_case, wait_progress_there, working_guest, AwayGuest, GUEST, MIB,
+    disks_there, host_case, wait_progress_there, working_guest, AwayGuest, GUEST, MIB, MOVE,
 };
 use super::tap::{end_load_over, image, wait_progress, VDEV};
 use super::{Case, Context};
@@ -20,8 +20,6 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::time::Duration;
 
-/// Limit of `tap-ctl migrate-out`, while two machines share the processors.
-const MOVE: Duration = Duration::from_secs(600);
 /// Time in which ssh must end after the server of its image.
 const SOON: Duration = Duration::from_secs(60);
 /// Key of root of this host.
@@ -170,9 +168,7 @@ fn migrate_out_by(xl: &str, options: &[&str]) -> Result<sh::Output> {
     let text = format!(
         "#!/bin/bash\n[ \"$1 $#\" = 'migrate 3' ] || {{ echo \"xl $*\" >&2; exit 2; }}\n{xl}\n"
     );
-    fs::write(&program, text).with_context(|| format!("cannot write {program}"))?;
-    fs::set_permissions(&program, fs::Permissions::from_mode(0o755))
-        .with_context(|| format!("cannot make a program of {program}"))?;
+    sh::program(&program, &text)?;
     let second = PeerHost::Second.address();
     let words = ["tap-ctl", "migrate-out", GUEST, second, "--xl", &program];
     sh::status(&[&words, options].concat(), MOVE)
