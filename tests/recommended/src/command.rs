@@ -16,7 +16,7 @@ pub fn assert_help_fits(mut command: Command, columns: usize) {
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
-/// Finds options that describe their value as so many of something, and those whose value is a time without its unit: the
+/// Finds options whose help has the words "so many" or "so long", and options whose value is a time without a unit. The
 /// unit belongs into the value's name, as in `<SECONDS>`.
 fn collect_vague(command: &Command, wrong: &mut Vec<String>) {
     for arg in command.get_arguments().filter(|arg| !arg.is_hide_set()) {
