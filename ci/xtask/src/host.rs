@@ -15,7 +15,6 @@ const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 const NEEDS: &[(&str, &str)] = &[
     ("mmdebstrap", "mmdebstrap"),
     ("unshare", "util-linux"),
-    ("chrt", "util-linux"),
     ("setpriv", "util-linux"),
     ("tar", "tar"),
     ("git", "git"),

@@ -410,8 +410,8 @@ impl Machine {
             Dom0::Bare => BARE_MEMORY,
         };
         // The clock of a machine runs while it waits for the host, and so do time limits (40 s of libxl for a script),
-        // so it has priority over compilers. Counted time stands still then, so such a machine has low priority.
-        let class = if self.icount { "5" } else { "-15" };
+        // so it has priority over compilers. Counted time stands still then, so such a machine needs none.
+        let class = if self.icount { "0" } else { "-15" };
         qemu.args(["-n", class, "qemu-system-x86_64"]);
         qemu.args([
             "-M",

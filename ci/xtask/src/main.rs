@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! The project's commands: `cargo xtask --help`.
-
 mod arm64;
 mod artifacts;
 mod bench;
@@ -9,12 +8,12 @@ mod cache;
 mod check;
 mod demo;
 mod host;
-mod idle;
 mod install;
 mod kernel;
 mod kernel_abi_check;
 mod ktap;
 mod lanes;
+mod low_priority;
 mod machine;
 mod package;
 mod payload;

@@ -7,8 +7,8 @@ mod host;
 mod nightly;
 mod programs;
 
-use crate::idle;
 use crate::kernel::Dom0Kernel;
+use crate::low_priority;
 use crate::steps::{self, StepKind};
 use crate::tally::TestTally;
 use anyhow::anyhow;
@@ -54,7 +54,7 @@ const USUAL: &[Lane] = &[
 /// - First the tests on the host, some of which have limits in real time. They mostly wait for processes, and compilers
 ///   use what they leave.
 /// - Then honest guests, and malicious ones. QEMU kills one in four or five hardware virtualised guests while another
-///   program wants the host's processors, so what runs beside them gets only what is idle: the checks, which compile the
+///   program wants the host's processors, so what runs beside them has low priority: the checks, which compile the
 ///   workspace once more, and the bench, whose machine counts time in instructions.
 pub(crate) fn run(lanes: &[Lane], only: &str, seed: Option<u64>) -> TestTally {
     let wanted = WantedLanes {
@@ -91,7 +91,7 @@ pub(crate) fn run(lanes: &[Lane], only: &str, seed: Option<u64>) -> TestTally {
         true => &[Lane::Check, Lane::Bench],
         false => &[Lane::Bench],
     };
-    tally.join(both(MACHINES, &|| wanted.idle(beside)));
+    tally.join(both(MACHINES, &|| wanted.at_low_priority(beside)));
     let seconds = wanted.start.elapsed().as_secs_f64();
     steps::took(StepKind::Lane, "all lanes", seconds);
     tally
@@ -130,11 +130,11 @@ impl WantedLanes<'_> {
         tally
     }
 
-    /// Runs those of these lanes that the run has, while a processor has nothing else to do.
-    fn idle(&self, lanes: &[Lane]) -> TestTally {
-        idle::leave_time(|| self.each(lanes)).unwrap_or_else(|error| {
+    /// Runs those of these lanes that the run has, at low priority.
+    fn at_low_priority(&self, lanes: &[Lane]) -> TestTally {
+        low_priority::leave_time(|| self.each(lanes)).unwrap_or_else(|error| {
             let mut tally = TestTally::default();
-            tally.fail("idle lanes", &format!("{error:#}"));
+            tally.fail("lanes of low priority", &format!("{error:#}"));
             tally
         })
     }
