@@ -13,7 +13,7 @@ use crate::blocking_backend::{BlockingBackend, BlockingContext, Detached};
 use crate::connect_error::ConnectError;
 use crate::engine::{
     Backend, BlockGroup, Config, DetachedEngine, Engine, EngineTables, Fetch, Grants, Latencies,
-    Mapping, Pass, PendingRequest, ReapContext, SegmentEntry, Stats, TableShape,
+    Mapping, Pass, PendingRequest, SegmentEntry, Stats, TableShape,
 };
 use crate::events::DeviceEvents;
 use crate::halt::HaltEstimator;
@@ -277,9 +277,10 @@ fn longest_pause(left: Option<u64>, held: u64) -> Option<u64> {
     }
 }
 
-/// Reports whether the tasks of a process answer what it has, so that the thread neither polls nor halts for that.
+/// Reports whether what is in flight is with a process, whose tasks answer it or wake the thread: a thread that polled or
+/// halted would keep the processor from them.
 fn leaves_to_tasks<G: Grants, B: Backend>(engine: &Engine<'_, &GuestMapping, G, B>) -> bool {
-    engine.can_lend() == ReapContext::Task && !params::polls_for_processes()
+    engine.waits_for_tasks() && !params::polls_for_processes()
 }
 
 /// Body of the thread.

@@ -44,6 +44,11 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
         }
     }
 
+    /// Reports whether all I/O in flight is with a process, also while the engine cannot be lent.
+    pub fn waits_for_tasks(&self) -> bool {
+        self.requests.used() > 0 && self.backend.reap_context() == ReapContext::Task
+    }
+
     /// Answers what has completed, in place of the thread. No more is done than there are slots in the ring. Neither sleeps
     /// nor calls the hypervisor if the backend is reaped in any context; then a request of which more is to be done than
     /// to answer it is left to the thread.
