@@ -49,7 +49,9 @@ fn every_schedule_is_explained() {
             "{total:?}"
         );
         assert!(total.given_back > cases / 10, "{total:?}");
-        // Random machines seldom have room for all pages of their guest; `lent` has those that do.
+    }
+    // Random machines seldom have room for all pages of their guest; `lent` has those that do.
+    if cases >= 10 * LEAST_CASES {
         assert!(total.answered_asleep > 0, "{total:?}");
     }
 }
