@@ -39,6 +39,8 @@ mod engine;
 mod events;
 mod fault_injection;
 mod halt;
+#[allow(dead_code, unreachable_pub)]
+mod halt_estimator;
 mod idle_reclaim;
 mod lent_engine;
 mod mapping_room;

@@ -8,60 +8,29 @@
 //! a small request.
 //!
 //! Linux counts the time as time of the thread, so a queue waits in this manner only while its waits are short: it must
-//! not look busy while its guest does little.
+//! not look busy while its guest does little. Nor does it where other tasks end its halts ([`HaltEstimator`]).
 
+use crate::halt_estimator::HaltEstimator;
 use crate::linux;
 use crate::linux::task::wake_event::LentEvent;
-use crate::params;
 
-/// Approximate number of waits that the mean covers.
-const MEAN: u64 = 8;
-/// A wait that lasts for this multiple of the longest mean ends in a sleep.
-const LONGEST: u64 = 2;
-
-/// How long one queue waits.
-#[derive(Debug)]
-pub(crate) struct HaltEstimator {
-    /// Longest mean for which a queue halts, in nanoseconds; 0 for never.
-    most: u64,
-    /// Mean length of the last waits, in nanoseconds.
-    mean: u64,
-}
-
-impl HaltEstimator {
-    /// Makes the state of a queue that has not waited yet, and sleeps first.
-    pub(crate) fn new() -> Self {
-        let most = params::halt_nanoseconds();
-        Self {
-            most,
-            mean: most.saturating_mul(LONGEST),
+/// Waits for a wake-up, if that is worth it. Returns false if the thread has to sleep for that. `start` is the local clock at
+/// the beginning of the wait.
+pub(crate) fn wait(estimator: &mut HaltEstimator, lent: LentEvent<'_>, start: u64) -> bool {
+    let Some(longest) = estimator.begin() else {
+        return false;
+    };
+    loop {
+        if lent.halt() {
+            estimator.halted(false);
+            return true;
         }
-    }
-
-    /// Waits for a wake-up, if waits are short. Returns false if the thread has to sleep for that. `start` is the local clock
-    /// at the beginning of the wait.
-    pub(crate) fn wait(&self, lent: LentEvent<'_>, start: u64) -> bool {
-        if self.most == 0 || self.mean > self.most {
+        if linux::cpu_is_wanted() {
+            estimator.halted(true);
             return false;
         }
-        let longest = self.most.saturating_mul(LONGEST);
-        loop {
-            if lent.halt() {
-                return true;
-            }
-            if linux::cpu_is_wanted() || linux::local_clock().saturating_sub(start) > longest {
-                return false;
-            }
+        if linux::local_clock().saturating_sub(start) > longest {
+            return false;
         }
-    }
-
-    /// Learns that a wait, halted or asleep, lasted for this time.
-    pub(crate) fn waited(&mut self, nanoseconds: u64) {
-        // One long wait does not outweigh many short ones.
-        let now = nanoseconds.min(self.most.saturating_mul(MEAN));
-        self.mean = self
-            .mean
-            .saturating_sub(self.mean / MEAN)
-            .saturating_add(now / MEAN);
     }
 }

@@ -11,6 +11,7 @@
 pub mod connect_retry;
 pub mod due;
 pub mod engine;
+pub mod halt_estimator;
 pub mod memory_quota;
 pub mod poll_estimator;
 pub use ::ring;

@@ -16,7 +16,8 @@ use crate::engine::{
     Mapping, Pass, PendingRequest, SegmentEntry, Stats, TableShape,
 };
 use crate::events::DeviceEvents;
-use crate::halt::HaltEstimator;
+use crate::halt;
+use crate::halt_estimator::HaltEstimator;
 use crate::idle_reclaim::IdleReclaim;
 use crate::lent_engine::{sleep, LentEngine, LENT_IN_HALT};
 use crate::linux::memory::vectors::filled;
@@ -523,7 +524,7 @@ impl<'a, D: QueueBackends> Serving<'a, D> {
         let mut draining = None;
         let mut held: u64 = 0;
         let mut pollers = Pollers::new();
-        let mut halts = HaltEstimator::new();
+        let mut halts = HaltEstimator::new(params::halt_nanoseconds());
         let mut reclaim = IdleReclaim::new(&self.around.tally);
         loop {
             let command = self.around.control.command();
@@ -572,7 +573,7 @@ impl<'a, D: QueueBackends> Serving<'a, D> {
             let halts_here = serves && !leaves_to_tasks(engine);
             let mut work = LentEngine::new(engine, self.guest, wake_event, &self.around.tally);
             let lends = in_flight <= LENT_IN_HALT;
-            if halts_here && work.while_lent(lends, |lent| halts.wait(lent, start)) {
+            if halts_here && work.while_lent(lends, |lent| halt::wait(&mut halts, lent, start)) {
                 self.show_rarely(work.engine(), &mut hidden);
                 // The thread may never sleep.
                 cond_resched();

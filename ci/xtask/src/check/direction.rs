@@ -95,6 +95,7 @@ const BLKBACK: &[&[&str]] = &[
         "mapping_room",
         "params",
         "fault_injection",
+        "halt_estimator",
         "memory_quota",
         "poll_estimator",
     ],

@@ -6,6 +6,7 @@ mod closing;
 mod connect_retry;
 mod due;
 mod given_back;
+mod halt_estimator;
 mod held;
 mod hostile;
 mod kept;
