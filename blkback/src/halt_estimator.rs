@@ -11,14 +11,21 @@ const MEAN: u64 = 8;
 /// A wait that lasts for this multiple of the longest mean ends in a sleep.
 const LONGEST: u64 = 2;
 /// One halt in a mean of halts.
-const WHOLE: u32 = 1024;
+const WHOLE: u64 = 1024;
 /// Part of the halts, in [`WHOLE`], that other tasks may end before a queue sleeps instead.
-const MOST_ENDED: u32 = WHOLE * 3 / 8;
+const MOST_ENDED: u64 = WHOLE * 3 / 8;
 /// Part that counts when a queue tries halts again.
-const ENDED_AGAIN: u32 = WHOLE / 4;
+const ENDED_AGAIN: u64 = WHOLE / 4;
 /// Waits in which a queue sleeps before it tries again. So many that a guest does not see the slower waits of the attempts in
 /// its 99th percentile.
 const SLEEPS: u32 = 512;
+
+/// Returns the running mean after one more value.
+fn mean(before: u64, now: u64) -> u64 {
+    before
+        .saturating_sub(before / MEAN)
+        .saturating_add(now / MEAN)
+}
 
 /// How long one queue waits, and what ends its halts.
 #[derive(Debug)]
@@ -28,7 +35,7 @@ pub struct HaltEstimator {
     /// Mean length of the last waits, in nanoseconds.
     mean: u64,
     /// Part of the last halts that another task has ended, in [`WHOLE`].
-    ended: u32,
+    ended: u64,
     /// Waits in which the queue sleeps, because of that part.
     sleeps: u32,
 }
@@ -59,9 +66,7 @@ impl HaltEstimator {
 
     /// Records a halt, which another task has ended or not.
     pub fn halted(&mut self, by_other: bool) {
-        const EACH: u32 = WHOLE / MEAN as u32;
-        let before = self.ended.saturating_sub(self.ended / MEAN as u32);
-        self.ended = before.saturating_add(if by_other { EACH } else { 0 });
+        self.ended = mean(self.ended, if by_other { WHOLE } else { 0 });
         if self.ended > MOST_ENDED {
             self.ended = ENDED_AGAIN;
             self.sleeps = SLEEPS;
@@ -72,9 +77,6 @@ impl HaltEstimator {
     pub fn waited(&mut self, nanoseconds: u64) {
         // One long wait does not outweigh many short ones.
         let now = nanoseconds.min(self.most.saturating_mul(MEAN));
-        self.mean = self
-            .mean
-            .saturating_sub(self.mean / MEAN)
-            .saturating_add(now / MEAN);
+        self.mean = mean(self.mean, now);
     }
 }
