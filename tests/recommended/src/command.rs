@@ -16,8 +16,8 @@ pub fn assert_help_fits(mut command: Command, columns: usize) {
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
-/// Finds options whose help has the words "so many" or "so long", and options whose value is a time without a unit. The
-/// unit belongs into the value's name, as in `<SECONDS>`.
+/// Adds the options with an unclear help: it says "so many" or "so long", or it names a time without a unit. The unit belongs
+/// into the name of the value, as in `<SECONDS>`.
 fn collect_vague(command: &Command, wrong: &mut Vec<String>) {
     for arg in command.get_arguments().filter(|arg| !arg.is_hide_set()) {
         let texts = [arg.get_help(), arg.get_long_help()].into_iter().flatten();
