@@ -28,6 +28,7 @@ mod helpers;
 mod inherited_fd;
 mod lock;
 mod losses;
+mod mailbox;
 mod op;
 mod pool;
 mod region;
@@ -49,6 +50,7 @@ pub use gate::{Gate, Pass};
 pub use inherited_fd::inherited;
 pub use lock::{lock_part, lock_whole, LockKind, LockPart, Opened};
 pub use losses::{Flushing, Losses, SeenErrors, Writing};
+pub use mailbox::{op_result, OpResult, ResultMailbox};
 #[cfg(feature = "fake")]
 pub use op::OperationFate;
 pub use op::{Engine, Io, Op, Pending};

@@ -7,7 +7,7 @@ use crate::pool::Pool;
 use crate::sync;
 use crate::table::SlotTable;
 use crate::uring::Uring;
-use crate::{Bytes, Data, Errno, Opened, Region};
+use crate::{op_result, Bytes, Data, Errno, Opened, Region, ResultMailbox};
 use rustix::time::{
     timerfd_create, timerfd_settime, Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags,
     Timespec,
@@ -452,6 +452,13 @@ pub struct Pending {
 }
 
 impl Pending {
+    /// Has the result delivered to a mailbox, with this token, instead of waiting for it. The operation does not end early.
+    pub fn deliver_to(mut self, mailbox: &ResultMailbox, token: u64) {
+        if let Some(slot) = self.slot.take() {
+            self.io.0.table.borrow_mut().post(slot, mailbox, token);
+        }
+    }
+
     /// Ends the operation early if it can be; its result is then [`Errno::CANCELED`].
     pub fn cancel(&self) {
         if let Some(slot) = self.slot {
@@ -469,10 +476,7 @@ impl Future for Pending {
         match result {
             Some(result) => {
                 self.slot = None;
-                Poll::Ready(
-                    u32::try_from(result)
-                        .map_err(|_| Errno::from_raw_os_error(result.wrapping_neg())),
-                )
+                Poll::Ready(op_result(result))
             }
             None => Poll::Pending,
         }

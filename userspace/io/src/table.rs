@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The operations that are not over yet, whichever engine carries them out.
 //!
-//! A slot belongs to its operation until the engine has returned the result *and* its task has stopped waiting. So
+//! A slot belongs to its operation until the engine has returned the result *and* its task, or its mailbox, has it. So
 //! memory that an engine uses is never reused too early.
 
-use crate::Op;
+use crate::{Op, ResultMailbox};
 use std::collections::VecDeque;
 use std::os::fd::AsFd;
 use std::task::Waker;
@@ -13,6 +13,8 @@ use std::task::Waker;
 enum SlotState {
     /// Under way, with the waker of the task that waits, if any.
     Busy(Option<Waker>),
+    /// Under way, and its result goes there, with this token.
+    Posted(ResultMailbox, u64),
     /// Under way, and its task has stopped waiting.
     Detached,
     /// Over, with this result.
@@ -103,7 +105,23 @@ impl SlotTable {
                 }
                 None
             }
-            SlotState::Detached => unreachable!("a task that waits for a slot has not detached it"),
+            SlotState::Detached | SlotState::Posted(..) => {
+                unreachable!("a task that waits for a slot has not given it away")
+            }
+        }
+    }
+
+    /// Has the result of an operation, for which no task waits, delivered to a mailbox.
+    pub(crate) fn post(&mut self, index: usize, mailbox: &ResultMailbox, token: u64) {
+        let Some(slot) = self.slots[index].as_mut() else {
+            return;
+        };
+        match slot.state {
+            SlotState::Done(result) => {
+                mailbox.put(token, result);
+                self.release(index);
+            }
+            _ => slot.state = SlotState::Posted(mailbox.clone(), token),
         }
     }
 
@@ -166,6 +184,10 @@ impl SlotTable {
         self.failed += u64::from(result < 0 && may_be_executed(&slot.op, result));
         match std::mem::replace(&mut slot.state, SlotState::Done(result)) {
             SlotState::Busy(Some(waker)) => waker.wake(),
+            SlotState::Posted(mailbox, token) => {
+                mailbox.put(token, result);
+                self.release(index);
+            }
             SlotState::Detached => self.release(index),
             _ => {}
         }

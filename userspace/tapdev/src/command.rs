@@ -77,11 +77,12 @@ impl Command {
         }
     }
 
-    /// The tags that were fetched, of which the result says how many.
-    pub fn tags(&self, count: u32) -> Vec<u16> {
+    /// Appends the tags that were fetched, of which the result says how many, to `tags`.
+    pub fn tags(&self, count: u32, tags: &mut Vec<u16>) {
+        // CAST: a `usize` has at least 32 bits.
         let count = (count as usize).min(TAGS);
-        let mut tags = vec![0; count];
-        self.memory.read(TAGS_AT, tags.as_mut_bytes());
-        tags
+        let from = tags.len();
+        tags.resize(from + count, 0);
+        self.memory.read(TAGS_AT, tags[from..].as_mut_bytes());
     }
 }

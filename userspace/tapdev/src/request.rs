@@ -73,6 +73,11 @@ pub struct Request {
 }
 
 impl Request {
+    /// Returns the tag, which no other request of the disk has until this one is committed.
+    pub fn tag(&self) -> u16 {
+        self.tag
+    }
+
     /// Returns the completion with a result.
     pub fn done(&self, result: Result<(), Errno>) -> Completion {
         completion(self.tag, self.generation, result)

@@ -9,7 +9,7 @@
 //! nothing is served: the tags that this one command may still bring are returned to the kernel.
 
 use crate::io_errors::wait;
-use diskio::{Errno, Io, Op, Pending, Runtime};
+use diskio::{op_result, Errno, Io, Op, OpResult, Pending, ResultMailbox, Runtime};
 use std::cell::{Cell, RefCell};
 use std::future::{poll_fn, Future};
 use std::io;
@@ -24,6 +24,14 @@ const TURNS: u32 = 3;
 
 /// Tags fetched by one ioctl at most.
 const BATCH: usize = 256;
+
+/// A command that is not over.
+#[derive(Debug)]
+struct SentCommand {
+    command: Command,
+    /// The command waits for requests, and does not only commit.
+    fetches: bool,
+}
 
 #[derive(Debug)]
 pub(crate) struct KernelLink {
@@ -45,10 +53,17 @@ pub(crate) struct KernelLink {
     fetched: RefCell<Vec<u16>>,
     /// There may be something to fetch by ioctl.
     ready: Cell<bool>,
-    /// The command or the watch that waits for requests.
+    /// The watch that waits for requests.
     waiting: RefCell<Option<Pending>>,
+    /// A command waits for requests.
+    parked: Cell<bool>,
     /// Commands that only commit and are not over.
     commits: Cell<usize>,
+    /// Commands, by the tokens of their results, and whether they wait for requests.
+    commands: RefCell<Vec<Option<SentCommand>>>,
+    ended: ResultMailbox,
+    /// Results that are being looked at; kept for its memory.
+    results: RefCell<Vec<(u64, i32)>>,
     spare: RefCell<Vec<Command>>,
     error: RefCell<Option<io::Error>>,
 }
@@ -67,7 +82,11 @@ impl KernelLink {
             fetched: RefCell::default(),
             ready: Cell::new(true),
             waiting: RefCell::default(),
+            parked: Cell::new(false),
             commits: Cell::new(0),
+            commands: RefCell::default(),
+            ended: ResultMailbox::default(),
+            results: RefCell::default(),
             spare: RefCell::default(),
             error: RefCell::default(),
         })
@@ -149,7 +168,7 @@ impl KernelLink {
 
     /// A command waits at the kernel, which holds the node by that.
     pub(crate) fn is_parked(&self) -> bool {
-        self.with_commands.get() && self.waiting.borrow().is_some()
+        self.with_commands.get() && self.parked.get()
     }
 
     /// Returns true if commands are under way, which may bring more requests although the session fetches none.
@@ -196,6 +215,8 @@ impl KernelLink {
         if let Some(error) = self.error.borrow_mut().take() {
             return Err(error);
         }
+        // Also those of a ring that was closed.
+        self.take_results();
         if self.with_commands.get() {
             self.pump_commands()?;
         } else {
@@ -248,11 +269,11 @@ impl KernelLink {
         });
     }
 
-    fn pump_commands(self: &Rc<Self>) -> io::Result<()> {
+    fn pump_commands(&self) -> io::Result<()> {
         let mut done = self.done.take();
         loop {
-            let fetch = self.fetching.get() && self.waiting.borrow().is_none();
-            if done.is_empty() && !fetch {
+            let fetches = self.fetching.get() && !self.parked.get();
+            if done.is_empty() && !fetches {
                 // For its memory. Nothing was added meanwhile.
                 self.done.replace(done);
                 return Ok(());
@@ -260,37 +281,70 @@ impl KernelLink {
             let spare = self.spare.borrow_mut().pop();
             let command = spare.map_or_else(Command::new, Ok)?;
             let count = done.len().min(Command::COMMITS);
-            let op = command.prepare(self.tap.fd(), &done[..count], fetch);
+            let op = command.prepare(self.tap.fd(), &done[..count], fetches);
             done.drain(..count);
-            let pending = self.io().submit(op);
-            let link = self.clone();
-            if fetch {
-                *self.waiting.borrow_mut() = Some(pending);
-                self.runtime.tasks.spawn(async move {
-                    match link.arrival().await {
-                        Ok(count) => link.arrived(command.tags(count)),
-                        Err(error) => link.failed(error),
-                    }
-                    link.spare.borrow_mut().push(command);
-                });
-            } else {
-                self.commits.set(self.commits.get() + 1);
-                self.runtime.tasks.spawn(async move {
-                    if let Err(error) = pending.await {
-                        link.failed(error);
-                    }
-                    link.commits.set(link.commits.get() - 1);
-                    link.spare.borrow_mut().push(command);
-                });
+            match fetches {
+                true => self.parked.set(true),
+                false => self.commits.set(self.commits.get() + 1),
             }
+            let token = self.sent(SentCommand { command, fetches });
+            self.io().submit(op).deliver_to(&self.ended, token);
         }
     }
 
-    /// Tags that a command brought.
-    fn arrived(&self, tags: Vec<u16>) {
-        if self.fetching.get() {
-            return self.fetched.borrow_mut().extend(tags);
+    /// Keeps a command that is handed over until its result comes, and returns the token of that.
+    fn sent(&self, sent: SentCommand) -> u64 {
+        let mut commands = self.commands.borrow_mut();
+        let free = commands.iter().position(Option::is_none);
+        let place = free.unwrap_or(commands.len());
+        match commands.get_mut(place) {
+            Some(free) => *free = Some(sent),
+            None => commands.push(Some(sent)),
         }
+        place as u64
+    }
+
+    /// Takes the results of commands.
+    fn take_results(&self) {
+        if self.ended.is_empty() {
+            return;
+        }
+        let mut results = self.results.take();
+        self.ended.take(&mut results);
+        for (token, result) in results.drain(..) {
+            // CAST: it was made of a place.
+            let sent = self.commands.borrow_mut()[token as usize].take();
+            if let Some(sent) = sent {
+                self.ended(sent, op_result(result));
+            }
+        }
+        self.results.replace(results);
+    }
+
+    /// A command is over.
+    fn ended(&self, sent: SentCommand, result: OpResult) {
+        let SentCommand { command, fetches } = sent;
+        match fetches {
+            true => self.parked.set(false),
+            false => self.commits.set(self.commits.get() - 1),
+        }
+        match result {
+            Ok(count) if fetches && self.fetching.get() => {
+                command.tags(count, &mut self.fetched.borrow_mut());
+            }
+            Ok(count) if fetches => {
+                let mut tags = Vec::new();
+                command.tags(count, &mut tags);
+                self.came_late(tags);
+            }
+            Ok(_) => {}
+            Err(error) => self.failed(error),
+        }
+        self.spare.borrow_mut().push(command);
+    }
+
+    /// Tags that a command brought although no requests are fetched any more.
+    fn came_late(&self, tags: Vec<u16>) {
         if self.watching.get() {
             self.want();
         }
@@ -302,7 +356,7 @@ impl KernelLink {
         }
     }
 
-    /// The result of what waits for requests.
+    /// The result of the watch for requests.
     async fn arrival(&self) -> Result<u32, Errno> {
         let result = poll_fn(|cx| match self.waiting.borrow_mut().as_mut() {
             Some(waiting) => Pin::new(waiting).poll(cx),
@@ -359,7 +413,7 @@ mod tests {
 
         let runtime = Runtime::new();
         let link = KernelLink::new(&runtime, &tap);
-        link.arrived(tags.to_vec());
+        link.came_late(tags.to_vec());
         assert!(!link.is_quiet(), "the kernel does not know yet");
         let mut none = Vec::new();
         link.pump(&mut none).unwrap();

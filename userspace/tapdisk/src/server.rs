@@ -3,6 +3,7 @@
 
 mod quick;
 
+use self::quick::QuickTable;
 use crate::dirty_bitmap::DirtyBitmap;
 use crate::kernel_link::KernelLink;
 use crate::mirror_target::MirrorTarget;
@@ -74,7 +75,7 @@ impl Failed {
     }
 }
 
-/// A disk that is served. Each request is a task of its own.
+/// A disk that is served. Each request is a task of its own, or takes the short way without one.
 #[derive(Debug)]
 pub struct Server {
     runtime: Runtime,
@@ -88,6 +89,7 @@ pub struct Server {
     in_flight: Cell<u64>,
     /// Ranges of the disk that requests of the guest and of others use.
     ranges: Ranges,
+    quick: QuickTable,
     /// Tags that are being looked at; kept for its memory.
     tags: RefCell<Vec<u16>>,
     /// Tasks that wait until everything is over.
@@ -153,6 +155,7 @@ impl Server {
             stats: stats.clone(),
             in_flight: Cell::new(0),
             ranges: Ranges::default(),
+            quick: QuickTable::default(),
             tags: RefCell::default(),
             quiet: RefCell::default(),
             calm: RefCell::default(),
@@ -220,6 +223,7 @@ impl Server {
     /// Commits finished requests and makes tasks of new ones; true if any came. An error means that the kernel does not
     /// talk to us: the process has to end.
     pub fn turn(self: &Rc<Self>) -> io::Result<bool> {
+        self.end_quick();
         self.terms.lost.turn(self.disk.owes());
         // A command takes the answers of a turn along when that is over, a call at once.
         self.tell_kernel();
@@ -277,16 +281,12 @@ impl Server {
         }
     }
 
-    /// Serves a request in a task of its own.
+    /// Serves a request, on the short way or in a task of its own.
     fn begin(self: &Rc<Self>, request: Request) {
-        let hold = self.hold();
-        if let Some(io) = self.begin_quick(&request) {
-            self.runtime.tasks.spawn(async move {
-                let server = &hold.0;
-                server.link.commit(server.serve_quick(&request, io).await);
-            });
+        let Some(request) = self.begin_quick(request) else {
             return;
-        }
+        };
+        let hold = self.hold();
         let forgets = match request.kind {
             Kind::Discard { .. } | Kind::WriteZeroes => Some(self.terms.direct.forgets()),
             Kind::Read | Kind::Write | Kind::Flush => None,
