@@ -187,13 +187,21 @@ impl<R: SharedRing> BackRing<R> {
     /// Asks for an event at the next request and returns whether a request has arrived in between
     /// (`RING_FINAL_CHECK_FOR_REQUESTS`). Call it before sleeping.
     pub fn final_check(&mut self) -> Result<bool, RingError> {
-        if self.available()? > 0 {
+        self.final_check_for(1)
+    }
+
+    /// Asks for an event as soon as `least` requests can be taken, at least one, and returns whether as many have arrived in
+    /// between. For a sleep with a limit, because fewer of them bring no event.
+    pub fn final_check_for(&mut self, least: u32) -> Result<bool, RingError> {
+        let least = least.max(1);
+        if self.available()? >= least {
             return Ok(true);
         }
-        self.shared.store_req_event(self.req_cons.wrapping_add(1));
+        self.shared
+            .store_req_event(self.req_cons.wrapping_add(least));
         // `req_event` must be visible before `req_prod` is read again: the frontend writes
         // `req_prod`, executes a full barrier and then reads `req_event`.
         self.shared.full_barrier();
-        Ok(self.available()? > 0)
+        Ok(self.available()? >= least)
     }
 }

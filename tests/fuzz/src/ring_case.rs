@@ -215,15 +215,17 @@ impl<'a> Checked<'a> {
         got
     }
 
-    /// Makes the check before sleeping; returns whether there is work after all.
-    pub fn final_check(&mut self) -> bool {
+    /// Makes the check before sleeping, for an event as soon as `least` requests are there; returns whether there is work after
+    /// all.
+    pub fn final_check(&mut self, least: u32) -> bool {
+        let at_least = u64::from(least.max(1));
         let want = self.unconsumed();
-        let idle = !self.seen.broke && want == Some(0);
+        let idle = !self.seen.broke && want.is_some_and(|want| want < at_least);
         self.fake.take_log();
-        let got = self.back.final_check();
+        let got = self.back.final_check_for(least);
         let log = self.fake.take_log();
         if idle {
-            let arm = MemoryAccess::StoreReqEvent(self.index(self.cons + 1));
+            let arm = MemoryAccess::StoreReqEvent(self.index(self.cons + at_least));
             let order = [
                 MemoryAccess::LoadReqProd,
                 arm,
@@ -236,7 +238,7 @@ impl<'a> Checked<'a> {
         }
         // The second read of `req_prod` may see a request that the first did not.
         let want = if idle { self.unconsumed() } else { want };
-        let work = want.map(|n| n > 0);
+        let work = want.map(|n| n >= at_least);
         assert_eq!(got.ok(), if self.seen.broke { None } else { work });
         self.judge(want, got.map(|_| want.unwrap_or(0)));
         self.budget > 0
@@ -299,7 +301,7 @@ fn guest_or_backend(fake: &FakeRing, ring: &mut Checked<'_>, what: u8, value: u8
         12..=13 => drop(ring.respond()),
         14 => drop(ring.publish()),
         _ if value % 4 == 0 => ring.take_unasked(),
-        _ => drop(ring.final_check()),
+        _ => drop(ring.final_check(u32::from(value) % 5)),
     }
 }
 
