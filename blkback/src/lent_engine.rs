@@ -2,6 +2,7 @@
 
 //! The engine of a queue whose thread waits, lent to completions: they answer in its place, and the thread sleeps on.
 
+use crate::backing::QueueBackends;
 use crate::engine::{Backend, Engine, Grants, ReapContext};
 use crate::linux::task::wake_event::{Lending, LentEvent, WaitingWork, WakeEvent};
 use crate::linux::xen::guest_mapping::GuestMapping;
@@ -12,28 +13,36 @@ use crate::totals::QueueTally;
 pub(crate) const LENT_IN_HALT: u16 = 8;
 
 /// An engine that is lent while the thread waits.
-pub(crate) struct LentEngine<'s, 'e, 'a, G, B> {
+pub(crate) struct LentEngine<'s, 'e, 'a, D, G, B> {
     engine: &'s mut Engine<'e, &'a GuestMapping, G, B>,
+    disk: &'a D,
+    /// The size of the disk, in sectors (512 bytes), by which the engine checks requests.
+    sectors: u64,
     guest: &'a GuestMapping,
     wake_event: &'s WakeEvent,
     tally: &'s QueueTally,
     calls: u32,
+    took: bool,
 }
 
-impl<'s, 'e, 'a, G: Grants, B: Backend> LentEngine<'s, 'e, 'a, G, B> {
-    /// Makes one that is not lent yet.
+impl<'s, 'e, 'a, D: QueueBackends, G: Grants, B: Backend> LentEngine<'s, 'e, 'a, D, G, B> {
+    /// Makes one that is not lent yet. The engine checks requests by the disk's size `sectors`.
     pub(crate) fn new(
         engine: &'s mut Engine<'e, &'a GuestMapping, G, B>,
+        (disk, sectors): (&'a D, u64),
         guest: &'a GuestMapping,
         wake_event: &'s WakeEvent,
         tally: &'s QueueTally,
     ) -> Self {
         Self {
             engine,
+            disk,
+            sectors,
             guest,
             wake_event,
             tally,
             calls: 0,
+            took: false,
         }
     }
 
@@ -45,6 +54,11 @@ impl<'s, 'e, 'a, G: Grants, B: Backend> LentEngine<'s, 'e, 'a, G, B> {
     /// Returns how many times it was borrowed.
     pub(crate) fn calls(&self) -> u32 {
         self.calls
+    }
+
+    /// Reports whether a borrower took requests, which the event that wakes the thread may have been for.
+    pub(crate) fn took(&self) -> bool {
+        self.took
     }
 
     /// Runs `wait`, in which the thread waits, and lends the engine meanwhile if `lends` and that is possible.
@@ -63,29 +77,50 @@ impl<'s, 'e, 'a, G: Grants, B: Backend> LentEngine<'s, 'e, 'a, G, B> {
     }
 }
 
-impl<G: Grants, B: Backend> WaitingWork for LentEngine<'_, '_, '_, G, B> {
+impl<D: QueueBackends, G: Grants, B: Backend> WaitingWork for LentEngine<'_, '_, '_, D, G, B> {
     fn work(&mut self) -> bool {
+        // The guest may know of a new size already, and the thread makes it known to the engine.
+        if self.disk.sectors() != self.sectors {
+            return true;
+        }
         let answers = self.engine.answer_completed();
         if answers.notify {
             self.guest.notify();
         }
         let traced = self.guest.traced();
-        traced.pass(0, answers.answered, answers.notify);
+        traced.pass(answers.taken, answers.answered, answers.notify);
         let (stats, flight) = (self.engine.stats(), self.engine.flight());
-        self.tally.show_answered(stats, flight);
+        match answers.taken {
+            0 => self.tally.show_answered(stats, flight),
+            _ => self.tally.show(stats, flight),
+        }
+        self.took |= answers.taken > 0;
         self.calls = self.calls.wrapping_add(1);
         answers.rest
     }
 }
 
-/// Sleeps until woken, for `pause` nanoseconds at most if there is one. `looks` means that the thread must not sleep without a
-/// limit: no event announces that a device was resized, so one thread looks now and then; borrowed pages that are not used are
-/// given back; and requests that wait for a process fail when they have waited for too long, also those of a queue that
-/// outlives the first one.
-pub(crate) fn sleep(lent: LentEvent<'_>, pause: Option<u64>, looks: bool) {
-    match pause {
-        Some(pause) => lent.wait_for(pause),
-        None if looks => lent.wait_for_a_while(),
-        None => lent.wait(),
+/// How long a thread may sleep.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum SleepLength {
+    /// For this many nanoseconds at most.
+    For(u64),
+    /// For a few milliseconds: requests may be in the ring that bring no event.
+    Briefly,
+    /// For a few seconds. No event announces that a device was resized, so one thread looks now and then; borrowed pages that
+    /// are not used are given back; and requests that wait for a process fail when they have waited for too long, also those of
+    /// a queue that outlives the first one.
+    ForAWhile,
+    /// Until it is woken.
+    Long,
+}
+
+/// Sleeps until woken.
+pub(crate) fn sleep(lent: LentEvent<'_>, sleep: SleepLength) {
+    match sleep {
+        SleepLength::For(nanoseconds) => lent.wait_for(nanoseconds),
+        SleepLength::Briefly => lent.wait_briefly(),
+        SleepLength::ForAWhile => lent.wait_for_a_while(),
+        SleepLength::Long => lent.wait(),
     }
 }

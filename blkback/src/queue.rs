@@ -19,7 +19,7 @@ use crate::events::DeviceEvents;
 use crate::halt;
 use crate::halt_estimator::HaltEstimator;
 use crate::idle_reclaim::IdleReclaim;
-use crate::lent_engine::{sleep, LentEngine, LENT_IN_HALT};
+use crate::lent_engine::{sleep, LentEngine, SleepLength, LENT_IN_HALT};
 use crate::linux::memory::vectors::filled;
 use crate::linux::task::kthread::{Runner, Thread};
 use crate::linux::task::wake_event::WakeEvent;
@@ -278,10 +278,10 @@ fn longest_pause(left: Option<u64>, held: u64) -> Option<u64> {
     }
 }
 
-/// Reports whether what is in flight is with a process, whose tasks answer it or wake the thread: a thread that polled or
-/// halted would keep the processor from them.
+/// Reports whether all I/O goes to a process, whose tasks answer it or wake the thread: a thread that polled or halted would
+/// keep the processor from them.
 fn leaves_to_tasks<G: Grants, B: Backend>(engine: &Engine<'_, &GuestMapping, G, B>) -> bool {
-    engine.waits_for_tasks() && !params::polls_for_processes()
+    engine.is_served_by_tasks() && !params::polls_for_processes()
 }
 
 /// Body of the thread.
@@ -571,7 +571,9 @@ impl<'a, D: QueueBackends> Serving<'a, D> {
             let serves = pause.is_none() && command == QueueCommand::Serve;
             let in_flight = engine.in_flight();
             let halts_here = serves && !leaves_to_tasks(engine);
-            let mut work = LentEngine::new(engine, self.guest, wake_event, &self.around.tally);
+            let disk = (&*self.around.disk, sectors);
+            let mut work =
+                LentEngine::new(engine, disk, self.guest, wake_event, &self.around.tally);
             let lends = in_flight <= LENT_IN_HALT;
             if halts_here && work.while_lent(lends, |lent| halt::wait(&mut halts, lent, start)) {
                 self.show_rarely(work.engine(), &mut hidden);
@@ -580,10 +582,16 @@ impl<'a, D: QueueBackends> Serving<'a, D> {
             } else {
                 let borrows = reclaim.before_sleep(work.engine(), start);
                 self.show(work.engine());
-                let looks = borrows || !serves || self.around.leads;
-                work.while_lent(serves, |lent| sleep(lent, pause, looks));
+                let length = match pause {
+                    Some(nanoseconds) => SleepLength::For(nanoseconds),
+                    None if work.engine().must_sleep_briefly() => SleepLength::Briefly,
+                    None if borrows || !serves || self.around.leads => SleepLength::ForAWhile,
+                    None => SleepLength::Long,
+                };
+                work.while_lent(serves, |lent| sleep(lent, length));
             }
             let calls = work.calls();
+            active |= work.took();
             engine.woken(wake_event.woken_ns());
             // What came in the meantime and was answered without the thread would have been waits of its own.
             let waited = local_clock().saturating_sub(start) / u64::from(calls).saturating_add(1);

@@ -9,9 +9,20 @@ use crate::engine::timing::times::Times;
 use crate::ring::grants::Grants;
 use crate::ring::shared_ring::SharedRing;
 
+/// Earlier wake-ups of the queue's thread, in a pass.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum WakeUps {
+    /// The pass finds what they were for.
+    Forgotten,
+    /// The thread sleeps while others make the pass.
+    Kept,
+}
+
 impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
-    pub(super) fn complete(&mut self) {
-        self.backend.forget_wake_ups();
+    pub(super) fn complete(&mut self, wake_ups: WakeUps) {
+        if wake_ups == WakeUps::Forgotten {
+            self.backend.forget_wake_ups();
+        }
         self.collect();
         self.take_back();
     }

@@ -23,6 +23,7 @@ mod copy_in;
 mod copy_out;
 mod detached;
 mod fetch;
+mod gathering;
 mod lent;
 pub mod mappings;
 mod page_alloc;

@@ -3,6 +3,7 @@
 //! One pass over a ring: all steps in their order.
 
 use crate::engine::backend::{Backend, ReapContext};
+use crate::engine::complete::WakeUps;
 use crate::engine::state::Engine;
 use crate::ring::grants::Grants;
 use crate::ring::shared_ring::SharedRing;
@@ -29,26 +30,35 @@ pub struct Pass {
 impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
     /// Answers completed requests, takes new ones, starts them, and publishes the answers.
     pub fn pass(&mut self) -> Pass {
-        self.one_pass(Self::take)
+        self.one_pass(WakeUps::Forgotten, Self::take)
+    }
+
+    /// Makes a pass in place of the thread, which sleeps meanwhile. It leaves new requests to the thread if nothing is in
+    /// flight any more: more of them gather until the thread runs.
+    pub(super) fn pass_for_thread(&mut self) -> Pass {
+        self.one_pass(WakeUps::Kept, |engine| match engine.in_flight() {
+            0 => 0,
+            _ => engine.take(),
+        })
     }
 
     /// Makes a pass that takes no new request, for teardown.
     pub fn drain_pass(&mut self) -> Pass {
         self.closing = true;
-        self.one_pass(|engine| {
+        self.one_pass(WakeUps::Forgotten, |engine| {
             engine.take_waiting();
             0
         })
     }
 
-    fn one_pass(&mut self, take: impl FnOnce(&mut Self) -> u32) -> Pass {
+    fn one_pass(&mut self, wake_ups: WakeUps, take: impl FnOnce(&mut Self) -> u32) -> Pass {
         if self.ring.is_gone() {
             return Pass::default();
         }
         self.stats.passes = self.stats.passes.wrapping_add(1);
         self.clock.begin();
         self.requests.look_at_held();
-        self.complete();
+        self.complete(wake_ups);
         if self.ring.is_gone() {
             // The ring was given back while pages were unmapped.
             return Pass::default();
@@ -68,12 +78,16 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
             return Pass::default();
         }
         // I/O that completed at once is answered in this pass.
-        self.complete();
+        self.complete(wake_ups);
         if self.ring.is_gone() {
             return Pass::default();
         }
         let now = self.respond();
         answered = answered.wrapping_add(now);
+        if answered > 0 && self.backend.reap_context() == ReapContext::Task {
+            let now = self.clock.last(&self.backend);
+            self.gathering.answered(now);
+        }
         // A completion frees the pages or numbers that a parked request waits for.
         let waiting = self.parked.is_some() || !self.requests.stalled.is_empty();
         self.count_page_wait();
@@ -123,11 +137,28 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
     /// While no request can be taken it requests no event, because a completion brings the next pass. Where a completion may
     /// answer without the thread, a full ring is no reason for that: the frontend's next request can follow the answer.
     pub fn must_stay_awake(&mut self) -> bool {
-        if !self.can_take() && self.can_lend() == ReapContext::Thread {
+        let lends = self.can_lend();
+        let in_flight = match lends {
+            ReapContext::Task => self.requests.used(),
+            ReapContext::Any | ReapContext::Thread => 0,
+        };
+        let worth = self.gathering.before_sleep(in_flight);
+        (self.can_take() || lends != ReapContext::Thread) && self.is_worth_a_pass(worth)
+    }
+
+    /// Reports whether the thread has to sleep with a limit of a few milliseconds: requests may gather in the ring meanwhile
+    /// that bring no event.
+    pub fn must_sleep_briefly(&self) -> bool {
+        self.gathering.is_limited()
+    }
+
+    /// Arms the frontend's event for this number of requests and reports whether there are as many already.
+    pub(super) fn is_worth_a_pass(&mut self, worth: u32) -> bool {
+        if !self.is_open() {
             return false;
         }
         // A ring that breaks here is reported by one more pass.
-        let found = self.ring.final_check().unwrap_or(true);
+        let found = self.ring.final_check_for(worth).unwrap_or(true);
         if !found {
             self.ring_is_empty();
         }

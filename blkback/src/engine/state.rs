@@ -5,6 +5,7 @@
 use crate::engine::backend::Backend;
 use crate::engine::batch::Batch;
 use crate::engine::blocks::BlockGroup;
+use crate::engine::gathering::RequestGathering;
 use crate::engine::mappings::{Mapping, Mappings};
 use crate::engine::parked::Parked;
 use crate::engine::requests::{PendingRequest, Requests};
@@ -70,6 +71,7 @@ pub struct Engine<'a, R, G, B> {
     /// The queue is being torn down: a discard ends with the piece that is running.
     pub(super) closing: bool,
     pub(super) clock: PassClock,
+    pub(super) gathering: RequestGathering,
     /// If a request waits for pages: the time up to which its wait is counted already.
     pub(super) short_since: Option<u64>,
     pub(super) stats: &'a mut Stats,
@@ -107,6 +109,7 @@ impl<'a, R: SharedRing, G: Grants, B: Backend> Engine<'a, R, G, B> {
             retry: false,
             closing: false,
             clock: PassClock::default(),
+            gathering: RequestGathering::default(),
             short_since: None,
             stats: tables.stats,
             latencies: tables.latencies,

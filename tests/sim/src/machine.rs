@@ -77,6 +77,8 @@ pub enum MachineFault {
     SwallowWake,
     /// A completion that answers in place of the worker does not wake it for the rest.
     SleepOn,
+    /// A worker sleeps without a limit while requests may gather that bring no event.
+    SleepLong,
     /// Requests of a dead process are delivered again while its I/O is running.
     SkipFence,
     /// The shadow does not learn that the I/O of a process is executed elsewhere.
@@ -306,6 +308,8 @@ pub struct Machine {
     pub hosed: bool,
     /// Requests that completions answered while the worker slept.
     pub answered_asleep: u64,
+    /// Requests that completions took while the worker slept.
+    pub taken_asleep: u64,
     /// The ring is given back while the next batch of I/O is started.
     pub goes_in_submit: bool,
     /// The ring is given back while pages are unmapped of requests that the backend gave back.
@@ -359,6 +363,7 @@ impl Machine {
             hosed: false,
             goes_in_submit: false,
             answered_asleep: 0,
+            taken_asleep: 0,
             goes_in_unmap: false,
             gone: false,
             closing: false,

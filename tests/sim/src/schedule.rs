@@ -416,6 +416,8 @@ pub struct ServedOutcome {
     pub problems: Vec<String>,
     /// Requests answered.
     pub answers: u64,
+    /// Requests that commits took while the worker slept.
+    pub taken_asleep: u64,
     /// Counts of the processes' acts.
     pub counts: TapCounts,
 }
@@ -461,6 +463,7 @@ pub fn run_served(seed: u64, plan: &ProcessPlan, fault: Option<MachineFault>) ->
     ServedOutcome {
         problems,
         answers: m.front.answers.len() as u64,
+        taken_asleep: m.taken_asleep,
         counts: m.tap.counts,
     }
 }
@@ -502,6 +505,7 @@ pub fn run_two_guests(seed: u64, plan: &ProcessPlan, fault: Option<MachineFault>
     ServedOutcome {
         problems,
         answers: m.front.answers.len() as u64,
+        taken_asleep: m.taken_asleep,
         counts: m.tap.counts,
     }
 }
@@ -550,6 +554,7 @@ pub fn run_rebound(seed: u64, plan: &ProcessPlan, leaves: Leaves) -> ServedOutco
     ServedOutcome {
         problems,
         answers: m.front.answers.len() as u64,
+        taken_asleep: m.taken_asleep,
         counts: m.tap.counts,
     }
 }

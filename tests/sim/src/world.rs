@@ -371,7 +371,36 @@ impl<'a, B: Backend> EngineWorld<'a, B> {
             return true;
         }
         asleep_is_right(&mut m, self.engine.in_flight(), self.last.broken);
-        step(&mut m)
+        drop(m);
+        if self.is_rung() {
+            return true;
+        }
+        step(&mut self.machine.borrow_mut())
+    }
+
+    /// Lets the alarm of a brief sleep ring, sometimes. Returns true if it did. Checks that the worker sleeps no longer while
+    /// requests that it could take are in the ring.
+    fn is_rung(&mut self) -> bool {
+        let is_brief = self.engine.must_sleep_briefly() && {
+            let mut m = self.machine.borrow_mut();
+            !m.commit(MachineFault::SleepLong)
+        };
+        let waiting = {
+            let m = self.machine.borrow();
+            let is_honest = !self.last.broken
+                && !m.hosed
+                && !m.suspended
+                && m.setup.lawless == 0
+                && !m.is_misleading();
+            is_honest && m.front.pushed() != m.taken
+        };
+        if waiting && !is_brief && self.engine.has_requests() {
+            let mut m = self.machine.borrow_mut();
+            m.problem("asleep without a limit, with requests in the ring and no event".into());
+        }
+        let mut m = self.machine.borrow_mut();
+        self.awake = is_brief && m.rng.percent(5);
+        self.awake
     }
 
     /// Lets completions that find the worker asleep answer in its place, sometimes. Returns true if they did.
@@ -391,6 +420,7 @@ impl<'a, B: Backend> EngineWorld<'a, B> {
         self.tell(answers.notify);
         let mut m = self.machine.borrow_mut();
         m.answered_asleep += u64::from(answers.answered);
+        m.taken_asleep += u64::from(answers.taken);
         let now = m.accesses;
         let is_more =
             (now.slots, now.copies, now.maps) != (before.slots, before.copies, before.maps);

@@ -32,8 +32,13 @@ use kernel::sync::atomic::{
 use kernel::sync::Arc;
 use kernel::types::Opaque;
 
-/// Longest sleep of [`WakeEvent::wait_for_a_while`].
+/// Longest sleep of [`LentEvent::wait_for_a_while`].
 const IDLE_SECONDS: u32 = 5;
+
+// States of the alarm: not set, set for a while, set for the next tick.
+const SILENT: u32 = 0;
+const FAR: u32 = 1;
+const NEAR: u32 = 2;
 
 /// The word of the state.
 struct Word(Atomic<u32>);
@@ -81,8 +86,8 @@ pub(crate) struct WakeEvent {
     /// Whether wakers record the time, and the time of the last wake-up that found a sleeper.
     is_timed: AtomicFlag,
     woken_ns: Atomic<u64>,
-    /// The alarm is set. Only the sleeper sets it.
-    alarmed: AtomicFlag,
+    /// State of the alarm. Only the sleeper sets it.
+    alarmed: Atomic<u32>,
     #[pin]
     alarm: Opaque<bindings::timer_list>,
     #[pin]
@@ -104,7 +109,7 @@ impl WakeEvent {
                 work: UnsafeCell::new(None),
                 is_timed: AtomicFlag::new(false),
                 woken_ns: Atomic::new(0),
-                alarmed: AtomicFlag::new(false),
+                alarmed: Atomic::new(SILENT),
                 // SAFETY: `slot` is valid for writes and stays pinned in the `Arc`.
                 alarm <- Opaque::ffi_init(|slot| unsafe { sys::xbr_timer_setup(slot, ring_alarm) }),
                 done <- Opaque::ffi_init(|slot| {
@@ -244,7 +249,7 @@ impl PinnedDrop for WakeEvent {
 extern "C" fn ring_alarm(timer: *mut bindings::timer_list) {
     // SAFETY: The timer is that of a `WakeEvent`, whose drop waits for this function.
     let event = unsafe { &*container_of!(Opaque::cast_from(timer), WakeEvent, alarm) };
-    event.alarmed.store(false, Relaxed);
+    event.alarmed.store(SILENT, Relaxed);
     event.wake();
 }
 
@@ -261,17 +266,32 @@ impl LentEvent<'_> {
     /// A sleep with a limit of its own would start and stop a timer each time, which costs more than a small request. The
     /// alarm stays set when the thread is woken, and counts for its next sleeps.
     pub(crate) fn wait_for_a_while(&self) {
-        let WakeEvent { alarmed, alarm, .. } = self.event;
-        if !alarmed.load(Relaxed) {
-            alarmed.store(true, Relaxed);
+        if self.event.alarmed.load(Relaxed) == SILENT {
             // All sleepers of the host wake up in the same tick.
             // SAFETY: Plain arithmetic on the current time.
             let ticks =
                 unsafe { bindings::round_jiffies_relative((IDLE_SECONDS * bindings::HZ) as usize) };
-            // SAFETY: Set up by the constructor, and shut down by the drop only.
-            unsafe { sys::xbr_timer_start(alarm.get(), ticks) };
+            self.set_alarm(FAR, ticks);
         }
         self.wait();
+    }
+
+    /// Waits as [`wait`](Self::wait) does, until the next tick at most. The alarm stays set as that of
+    /// [`wait_for_a_while`](Self::wait_for_a_while) does.
+    pub(crate) fn wait_briefly(&self) {
+        if self.event.alarmed.load(Relaxed) != NEAR {
+            self.set_alarm(NEAR, 1);
+        }
+        self.wait();
+    }
+
+    /// Sets the alarm, also if it is set, to ring in so many ticks.
+    fn set_alarm(&self, state: u32, ticks: usize) {
+        let WakeEvent { alarmed, alarm, .. } = self.event;
+        // If the alarm rings at this moment, it wakes the sleeper, which sets it again later.
+        alarmed.store(state, Relaxed);
+        // SAFETY: Set up by the constructor, and shut down by the drop only.
+        unsafe { sys::xbr_timer_start(alarm.get(), ticks) };
     }
 
     /// Waits as [`wait`](Self::wait) does, for at most `nanoseconds`, rounded up to whole ticks.
