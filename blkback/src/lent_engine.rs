@@ -80,7 +80,7 @@ impl<'s, 'e, 'a, D: QueueBackends, G: Grants, B: Backend> LentEngine<'s, 'e, 'a,
 impl<D: QueueBackends, G: Grants, B: Backend> WaitingWork for LentEngine<'_, '_, '_, D, G, B> {
     fn work(&mut self) -> bool {
         // The guest may know of a new size already, and the thread makes it known to the engine.
-        if self.disk.sectors() != self.sectors {
+        if self.engine.is_served_by_tasks() && self.disk.sectors() != self.sectors {
             return true;
         }
         let answers = self.engine.answer_completed();

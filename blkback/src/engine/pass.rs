@@ -84,7 +84,7 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
         }
         let now = self.respond();
         answered = answered.wrapping_add(now);
-        if answered > 0 && self.backend.reap_context() == ReapContext::Task {
+        if answered > 0 && self.is_served_by_tasks() {
             let now = self.clock.last(&self.backend);
             self.gathering.answered(now);
         }
@@ -137,13 +137,11 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
     /// While no request can be taken it requests no event, because a completion brings the next pass. Where a completion may
     /// answer without the thread, a full ring is no reason for that: the frontend's next request can follow the answer.
     pub fn must_stay_awake(&mut self) -> bool {
-        let lends = self.can_lend();
-        let in_flight = match lends {
-            ReapContext::Task => self.requests.used(),
-            ReapContext::Any | ReapContext::Thread => 0,
-        };
+        let gathers = self.is_served_by_tasks() && self.can_lend() == ReapContext::Task;
+        let in_flight = if gathers { self.requests.used() } else { 0 };
         let worth = self.gathering.before_sleep(in_flight);
-        (self.can_take() || lends != ReapContext::Thread) && self.is_worth_a_pass(worth)
+        let is_watched = self.can_take() || self.can_lend() != ReapContext::Thread;
+        is_watched && self.is_worth_a_pass(worth)
     }
 
     /// Reports whether the thread has to sleep with a limit of a few milliseconds: requests may gather in the ring meanwhile

@@ -285,7 +285,7 @@ impl LentEvent<'_> {
         self.wait();
     }
 
-    /// Sets the alarm, also if it is set, to ring in so many ticks.
+    /// Sets the alarm to ring after this number of ticks, whether it is set already or not.
     fn set_alarm(&self, state: u32, ticks: usize) {
         let WakeEvent { alarmed, alarm, .. } = self.event;
         // If the alarm rings at this moment, it wakes the sleeper, which sets it again later.
