@@ -53,6 +53,8 @@ mod poll;
 #[allow(dead_code, unreachable_pub)]
 mod poll_estimator;
 mod queue;
+#[allow(unreachable_pub)]
+mod running_mean;
 mod storage;
 mod totals;
 mod vbd;

@@ -6,8 +6,8 @@
 //! disks, a wake-up of one of them ends the halt, and the scheduler first has to decide between that task and the one that
 //! halts: the wait costs as much as a sleep, and the other task begins later.
 
-/// Approximate number of waits that a mean covers.
-const MEAN: u64 = 8;
+use crate::running_mean::{running_mean, VALUES};
+
 /// A wait that lasts for this multiple of the longest mean ends in a sleep.
 const LONGEST: u64 = 2;
 /// One halt in a mean of halts.
@@ -19,13 +19,6 @@ const ENDED_AGAIN: u64 = WHOLE / 4;
 /// Waits in which a queue sleeps before it tries again. So many that a guest does not see the slower waits of the attempts in
 /// its 99th percentile.
 const SLEEPS: u32 = 512;
-
-/// Returns the running mean after one more value.
-fn mean(before: u64, now: u64) -> u64 {
-    before
-        .saturating_sub(before / MEAN)
-        .saturating_add(now / MEAN)
-}
 
 /// How long one queue waits, and what ends its halts.
 #[derive(Debug)]
@@ -66,7 +59,7 @@ impl HaltEstimator {
 
     /// Records a halt, which another task has ended or not.
     pub fn halted(&mut self, by_other: bool) {
-        self.ended = mean(self.ended, if by_other { WHOLE } else { 0 });
+        self.ended = running_mean(self.ended, if by_other { WHOLE } else { 0 });
         if self.ended > MOST_ENDED {
             self.ended = ENDED_AGAIN;
             self.sleeps = SLEEPS;
@@ -76,7 +69,7 @@ impl HaltEstimator {
     /// Learns that a wait, halted or asleep, lasted for this time.
     pub fn waited(&mut self, nanoseconds: u64) {
         // One long wait does not outweigh many short ones.
-        let now = nanoseconds.min(self.most.saturating_mul(MEAN));
-        self.mean = mean(self.mean, now);
+        let now = nanoseconds.min(self.most.saturating_mul(VALUES));
+        self.mean = running_mean(self.mean, now);
     }
 }

@@ -14,4 +14,5 @@ pub mod engine;
 pub mod halt_estimator;
 pub mod memory_quota;
 pub mod poll_estimator;
+pub mod running_mean;
 pub use ::ring;

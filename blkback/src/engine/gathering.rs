@@ -6,8 +6,8 @@
 //! thread need not wake up for them. That delays a request until the next commit. The delay stays small against what the
 //! request takes anyway if many others are with the process, and these end often.
 
-/// Approximate number of commits that the mean covers.
-const MEAN: u64 = 8;
+use crate::running_mean::{running_mean, VALUES};
+
 /// Longest mean time between two commits, in nanoseconds, with which requests gather. Slower storage loses more by a request
 /// that it does not have yet than the processor gains.
 const MOST_NS: u64 = 250_000;
@@ -38,14 +38,9 @@ impl RequestGathering {
     /// Records a pass that has answered requests at this time, in nanoseconds.
     pub(in crate::engine) fn answered(&mut self, now: u64) {
         // One long pause does not outweigh many short ones.
-        let pause = now
-            .saturating_sub(self.last)
-            .min(MOST_NS.saturating_mul(MEAN));
+        let pause = now.saturating_sub(self.last);
         self.last = now;
-        self.mean = self
-            .mean
-            .saturating_sub(self.mean / MEAN)
-            .saturating_add(pause / MEAN);
+        self.mean = running_mean(self.mean, pause.min(MOST_NS.saturating_mul(VALUES)));
     }
 
     /// Returns how many requests are worth an event while `in_flight` others are with the process.

@@ -87,7 +87,7 @@ const LAYERED: &[(&str, &[&[&str]])] = &[
 ];
 
 const BLKBACK: &[&[&str]] = &[
-    &["due", "connect_retry"],
+    &["due", "connect_retry", "running_mean"],
     &[
         "connect_error",
         "engine",
