@@ -11,15 +11,18 @@ use crate::running_mean::{running_mean, VALUES};
 /// Longest mean time between two commits, in nanoseconds, with which requests gather. Slower storage loses more by a request
 /// that it does not have yet than the processor gains.
 const MOST_NS: u64 = 250_000;
+/// The mean before the first commit.
+const START_NS: u32 = 500_000;
 /// Requests with the process for each one that may wait in the ring.
 const SHARE: u32 = 2;
 
 /// The commits of the process, as one queue sees them.
 #[derive(Clone, Copy, Debug)]
 pub(in crate::engine) struct RequestGathering {
-    /// Mean time between two commits, in nanoseconds, and when the last one was.
-    mean: u64,
+    /// When the last commit was, in nanoseconds.
     last: u64,
+    /// Mean time between two commits, in nanoseconds. Small, because the engine is on its thread's stack.
+    mean: u32,
     /// The thread sleeps with a limit, so that no request waits for long if the process commits nothing more.
     is_limited: bool,
 }
@@ -27,8 +30,8 @@ pub(in crate::engine) struct RequestGathering {
 impl Default for RequestGathering {
     fn default() -> Self {
         Self {
-            mean: MOST_NS.saturating_mul(2),
             last: 0,
+            mean: START_NS,
             is_limited: false,
         }
     }
@@ -40,12 +43,14 @@ impl RequestGathering {
         // One long pause does not outweigh many short ones.
         let pause = now.saturating_sub(self.last);
         self.last = now;
-        self.mean = running_mean(self.mean, pause.min(MOST_NS.saturating_mul(VALUES)));
+        let pause = pause.min(MOST_NS.saturating_mul(VALUES));
+        let mean = running_mean(self.mean.into(), pause);
+        self.mean = u32::try_from(mean).unwrap_or(u32::MAX);
     }
 
     /// Returns how many requests are worth an event while `in_flight` others are with the process.
     fn worth(&self, in_flight: u16) -> u32 {
-        match self.mean > MOST_NS {
+        match u64::from(self.mean) > MOST_NS {
             true => 1,
             false => (u32::from(in_flight) / SHARE).max(1),
         }
