@@ -55,11 +55,7 @@ pub(crate) struct KernelLink {
     ready: Cell<bool>,
     /// The watch that waits for requests.
     waiting: RefCell<Option<Pending>>,
-    /// A command waits for requests.
-    parked: Cell<bool>,
-    /// Commands that only commit and are not over.
-    commits: Cell<usize>,
-    /// Commands, by the tokens of their results, and whether they wait for requests.
+    /// Commands that are not over, by the tokens of their results. There are only a few.
     commands: RefCell<Vec<Option<SentCommand>>>,
     ended: ResultMailbox,
     /// Results that are being looked at; kept for its memory.
@@ -82,8 +78,6 @@ impl KernelLink {
             fetched: RefCell::default(),
             ready: Cell::new(true),
             waiting: RefCell::default(),
-            parked: Cell::new(false),
-            commits: Cell::new(0),
             commands: RefCell::default(),
             ended: ResultMailbox::default(),
             results: RefCell::default(),
@@ -168,7 +162,7 @@ impl KernelLink {
 
     /// A command waits at the kernel, which holds the node by that.
     pub(crate) fn is_parked(&self) -> bool {
-        self.with_commands.get() && self.parked.get()
+        self.with_commands.get() && self.has_sent(true)
     }
 
     /// Returns true if commands are under way, which may bring more requests although the session fetches none.
@@ -182,7 +176,7 @@ impl KernelLink {
 
     /// Everything is committed, and nothing came that was not looked at.
     pub(crate) fn is_calm(&self) -> bool {
-        self.done.borrow().is_empty() && self.fetched.borrow().is_empty() && self.commits.get() == 0
+        self.done.borrow().is_empty() && self.fetched.borrow().is_empty() && !self.has_sent(false)
     }
 
     /// Everything is committed, and nothing comes.
@@ -191,7 +185,7 @@ impl KernelLink {
             && self.done.borrow().is_empty()
             && self.fetched.borrow().is_empty()
             && (self.with_commands.get() || self.waiting.borrow().is_none())
-            && self.commits.get() == 0
+            && !self.has_sent(false)
     }
 
     /// Hands requests back that commands have brought, by plain calls, after the ring of the commands was closed.
@@ -272,7 +266,7 @@ impl KernelLink {
     fn pump_commands(&self) -> io::Result<()> {
         let mut done = self.done.take();
         loop {
-            let fetches = self.fetching.get() && !self.parked.get();
+            let fetches = self.fetching.get() && !self.has_sent(true);
             if done.is_empty() && !fetches {
                 // For its memory. Nothing was added meanwhile.
                 self.done.replace(done);
@@ -283,13 +277,18 @@ impl KernelLink {
             let count = done.len().min(Command::COMMITS);
             let op = command.prepare(self.tap.fd(), &done[..count], fetches);
             done.drain(..count);
-            match fetches {
-                true => self.parked.set(true),
-                false => self.commits.set(self.commits.get() + 1),
-            }
             let token = self.sent(SentCommand { command, fetches });
             self.io().submit(op).deliver_to(&self.ended, token);
         }
+    }
+
+    /// Reports whether a command is under way that waits for requests, or else one that only commits.
+    fn has_sent(&self, fetches: bool) -> bool {
+        let commands = self.commands.borrow();
+        commands
+            .iter()
+            .flatten()
+            .any(|sent| sent.fetches == fetches)
     }
 
     /// Keeps a command that is handed over until its result comes, and returns the token of that.
@@ -324,10 +323,6 @@ impl KernelLink {
     /// A command is over.
     fn ended(&self, sent: SentCommand, result: OpResult) {
         let SentCommand { command, fetches } = sent;
-        match fetches {
-            true => self.parked.set(false),
-            false => self.commits.set(self.commits.get() - 1),
-        }
         match result {
             Ok(count) if fetches && self.fetching.get() => {
                 command.tags(count, &mut self.fetched.borrow_mut());
@@ -335,7 +330,7 @@ impl KernelLink {
             Ok(count) if fetches => {
                 let mut tags = Vec::new();
                 command.tags(count, &mut tags);
-                self.came_late(tags);
+                self.came_late(&tags);
             }
             Ok(_) => {}
             Err(error) => self.failed(error),
@@ -344,12 +339,12 @@ impl KernelLink {
     }
 
     /// Tags that a command brought although no requests are fetched any more.
-    fn came_late(&self, tags: Vec<u16>) {
+    fn came_late(&self, tags: &[u16]) {
         if self.watching.get() {
             self.want();
         }
         for tag in tags {
-            self.commit(match self.tap.request(tag) {
+            self.commit(match self.tap.request(*tag) {
                 Ok(request) => request.returned(),
                 Err(malformed) => malformed.completion,
             });
@@ -413,7 +408,7 @@ mod tests {
 
         let runtime = Runtime::new();
         let link = KernelLink::new(&runtime, &tap);
-        link.came_late(tags.to_vec());
+        link.came_late(&tags);
         assert!(!link.is_quiet(), "the kernel does not know yet");
         let mut none = Vec::new();
         link.pump(&mut none).unwrap();
