@@ -12,7 +12,6 @@ use ring::response::ResponseStatus as Answer;
 use ring::tap::shadow::Op;
 use std::fs;
 use std::os::fd::AsFd;
-use std::thread;
 use std::time::Instant;
 use tapdev::fake::FakeTap;
 
@@ -34,7 +33,6 @@ fn until_same(process: &mut Process) -> Mirror {
             _ => panic!("{found:?}"),
         }
         assert!(start.elapsed() < LIMIT, "{found:?}");
-        thread::yield_now();
     }
 }
 

@@ -11,7 +11,6 @@ use ring::tap::shadow::Op;
 use std::fs;
 use std::os::fd::AsFd;
 use std::path::Path;
-use std::thread;
 use std::time::Instant;
 use tapdev::fake::FakeTap;
 
@@ -256,7 +255,6 @@ fn stream_into_an_image_with_a_key() {
             other => panic!("{other:?}"),
         }
         assert!(start.elapsed() < LIMIT);
-        thread::yield_now();
     }
     process.exit();
     fs::remove_file(folder.path("base.img")).expect("it is not needed any more");

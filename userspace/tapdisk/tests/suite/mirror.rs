@@ -13,7 +13,6 @@ use ring::tap::shadow::Op;
 use rustix::fs::{fcntl_add_seals, ftruncate, memfd_create, MemfdFlags, SealFlags};
 use std::fs;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::thread;
 use std::time::{Duration, Instant};
 use tapdev::fake::FakeTap;
 
@@ -38,7 +37,6 @@ fn until(process: &mut Process, is_so: impl Fn(&Mirror) -> bool) -> Mirror {
             return found;
         }
         assert!(start.elapsed() < LIMIT, "{found:?}");
-        thread::yield_now();
     }
 }
 

@@ -12,7 +12,6 @@ use ring::tap::shadow::Op;
 use std::fs::File;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
-use std::thread;
 use std::time::{Duration, Instant};
 use tapdev::fake::FakeTap;
 
@@ -44,7 +43,6 @@ fn until(process: &mut Process, is_so: impl Fn(&Scrub) -> bool) -> Scrub {
             return scrub;
         }
         assert!(start.elapsed() < LIMIT, "{scrub:?}");
-        thread::yield_now();
     }
 }
 

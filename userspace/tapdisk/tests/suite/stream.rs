@@ -41,7 +41,6 @@ fn until(process: &mut Process, rate: u64, is_so: impl Fn(&Stream) -> bool) -> S
             return found;
         }
         assert!(start.elapsed() < LIMIT, "{found:?}");
-        thread::yield_now();
     }
 }
 
