@@ -3,10 +3,10 @@
 
 use crate::{
     Attributes, Content, DirtyExtent, DiskInfo, Driver, DriverLimits, Extent, Fence, Holder,
-    MappedExtent,
+    MappedExtent, QueuedIo,
 };
 use control::{Code, Failure};
-use diskio::{of_earlier, Bytes, Data, Errno, Pending};
+use diskio::{of_earlier, Bytes, Data, Errno};
 use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::future::Future;
@@ -24,8 +24,8 @@ trait Any {
     fn places(&self, offset: u64, len: u64) -> Later<'_, Vec<MappedExtent>, Errno>;
     fn read(&self, offset: u64, data: Data) -> Later<'_, (), Errno>;
     fn write(&self, offset: u64, data: Bytes, how: Attributes) -> Later<'_, (), Errno>;
-    fn begin_read(&self, offset: u64, data: &Data) -> Option<Pending>;
-    fn begin_write(&self, offset: u64, data: &Bytes) -> Option<Pending>;
+    fn begin_read(&self, offset: u64, data: &Data) -> Option<QueuedIo>;
+    fn begin_write(&self, offset: u64, data: &Bytes) -> Option<QueuedIo>;
     fn flush(&self) -> Later<'_, (), Errno>;
     fn owes(&self) -> bool;
     fn discard(&self, offset: u64, len: u64, how: Attributes) -> Later<'_, (), Errno>;
@@ -72,10 +72,10 @@ impl<D: Driver> Any for D {
     fn write(&self, offset: u64, data: Bytes, how: Attributes) -> Later<'_, (), Errno> {
         Box::pin(Driver::write(self, offset, data, how))
     }
-    fn begin_read(&self, offset: u64, data: &Data) -> Option<Pending> {
+    fn begin_read(&self, offset: u64, data: &Data) -> Option<QueuedIo> {
         Driver::begin_read(self, offset, data)
     }
-    fn begin_write(&self, offset: u64, data: &Bytes) -> Option<Pending> {
+    fn begin_write(&self, offset: u64, data: &Bytes) -> Option<QueuedIo> {
         Driver::begin_write(self, offset, data)
     }
     fn flush(&self) -> Later<'_, (), Errno> {
@@ -289,13 +289,13 @@ impl Disk {
     }
 
     /// See [`Driver::begin_read`].
-    pub fn begin_read(&self, offset: u64, data: &Data) -> Option<Pending> {
+    pub fn begin_read(&self, offset: u64, data: &Data) -> Option<QueuedIo> {
         self.is_one_piece(data.len())
             .then(|| self.0.driver.begin_read(offset, data))?
     }
 
     /// See [`Driver::begin_write`].
-    pub fn begin_write(&self, offset: u64, data: &Bytes) -> Option<Pending> {
+    pub fn begin_write(&self, offset: u64, data: &Bytes) -> Option<QueuedIo> {
         self.is_one_piece(data.len())
             .then(|| self.0.driver.begin_write(offset, data))?
     }

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Interface of a driver.
 
-use crate::Disk;
+use crate::{Disk, QueuedIo};
 use control::{Code, Failure};
-use diskio::{is_remote, Bytes, Data, Errno, File, Pending};
+use diskio::{is_remote, Bytes, Data, Errno, File};
 use std::collections::BTreeMap;
 use std::os::fd::AsFd;
 
@@ -218,12 +218,12 @@ pub trait Driver: 'static {
 
     /// Queues a read whose place is known and that is one operation; `None` if [`read`](Self::read) has to do more. The
     /// result is that of the system call: fewer bytes, or an interrupted call, mean that `read` has to do it.
-    fn begin_read(&self, _offset: u64, _data: &Data) -> Option<Pending> {
+    fn begin_read(&self, _offset: u64, _data: &Data) -> Option<QueuedIo> {
         None
     }
 
     /// Queues a write that need not be durable, as [`begin_read`](Self::begin_read) does a read.
-    fn begin_write(&self, _offset: u64, _data: &Bytes) -> Option<Pending> {
+    fn begin_write(&self, _offset: u64, _data: &Bytes) -> Option<QueuedIo> {
         None
     }
 

@@ -10,6 +10,7 @@ mod driver;
 mod lock;
 pub mod nbd;
 mod open;
+mod queued;
 
 macro_rules! modules {
     ($($module:ident { $($rest:tt)* })*) => {
@@ -29,5 +30,6 @@ pub use driver::{
 pub use lock::{lock, lock_part};
 pub use null::Null;
 pub use open::{activate, create, file, image, missing, open, open_on};
+pub use queued::{PlaceHold, QueuedIo};
 pub use ram::Ram;
 pub use raw::{set_size, Raw};

@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! `aio` and `sync`: the image is the disk, byte for byte.
 
-use crate::{missing, Attributes, Content, Disk, DiskInfo, Driver, DriverLimits, Extent, Fence};
+use crate::{
+    missing, Attributes, Content, Disk, DiskInfo, Driver, DriverLimits, Extent, Fence, QueuedIo,
+};
 use control::tapdisk::Open;
 use control::{Code, Failure};
-use diskio::{of_earlier, Barrier, Bytes, Data, Errno, File, Pending};
+use diskio::{of_earlier, Barrier, Bytes, Data, Errno, File};
 
 /// Bytes of a hole that file systems can make.
 const HOLE: u32 = 4096;
@@ -193,12 +195,12 @@ impl Driver for Raw {
         }
     }
 
-    fn begin_read(&self, offset: u64, data: &Data) -> Option<Pending> {
-        self.file.begin_read(offset, data)
+    fn begin_read(&self, offset: u64, data: &Data) -> Option<QueuedIo> {
+        self.file.begin_read(offset, data).map(QueuedIo::from)
     }
 
-    fn begin_write(&self, offset: u64, data: &Bytes) -> Option<Pending> {
-        self.file.begin_write(offset, data)
+    fn begin_write(&self, offset: u64, data: &Bytes) -> Option<QueuedIo> {
+        self.file.begin_write(offset, data).map(QueuedIo::from)
     }
 
     async fn flush(&self) -> Result<(), Errno> {

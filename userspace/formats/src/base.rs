@@ -3,7 +3,7 @@
 
 use control::Failure;
 use diskio::{Data, Errno};
-use drivers::{Content, Disk, Extent, Holder, MappedExtent};
+use drivers::{Content, Disk, Extent, Holder, MappedExtent, QueuedIo};
 use std::cell::Cell;
 
 /// Bytes of a logical sector, unless an image or its storage has others.
@@ -72,6 +72,13 @@ impl Base {
             holder = below;
         }
         holder
+    }
+
+    /// Queues a read, see [`Driver::begin_read`](drivers::Driver::begin_read); `None` also if it ends behind the disk.
+    pub(crate) fn begin_read(&self, offset: u64, data: &Data) -> Option<QueuedIo> {
+        let len = data.len() as u64;
+        let is_here = offset.checked_add(len)? <= self.size.get();
+        is_here.then(|| self.holder(offset, len).begin_read(offset, data))?
     }
 
     /// Returns the places of a range that the kernel may use; the part behind the end of the disk is nowhere.

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Storage of an image: a file, or its replacement in a test.
 
-use diskio::{Bytes, Data, Errno, File};
+use diskio::{Bytes, Data, Errno, File, Pending};
 use drivers::Fence;
 use std::io;
 
@@ -36,6 +36,16 @@ pub trait Storage: Clone + 'static {
     /// Writes all of `data`, and makes the image longer if it ends before that; no death of this process
     /// undoes it.
     async fn write(&self, offset: u64, data: Bytes) -> Result<(), Errno>;
+
+    /// Queues a read that is one operation; `None` if it may be none. The result is that of [`File::begin_read`].
+    fn begin_read(&self, _offset: u64, _data: &Data) -> Option<Pending> {
+        None
+    }
+
+    /// Queues a write that is one operation, as [`begin_read`](Self::begin_read) does a read.
+    fn begin_write(&self, _offset: u64, _data: &Bytes) -> Option<Pending> {
+        None
+    }
 
     /// Makes all completed writes durable.
     async fn flush(&self) -> Result<(), Errno>;
@@ -106,6 +116,14 @@ impl Storage for File {
 
     async fn write(&self, offset: u64, data: Bytes) -> Result<(), Errno> {
         File::write(self, offset, data).await
+    }
+
+    fn begin_read(&self, offset: u64, data: &Data) -> Option<Pending> {
+        File::begin_read(self, offset, data)
+    }
+
+    fn begin_write(&self, offset: u64, data: &Bytes) -> Option<Pending> {
+        File::begin_write(self, offset, data)
     }
 
     async fn flush(&self) -> Result<(), Errno> {

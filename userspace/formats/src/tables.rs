@@ -301,6 +301,16 @@ impl TableCache {
         Ok(table)
     }
 
+    /// Returns the table of `len` bytes at `at`, if its content is in memory.
+    pub(crate) fn known(&self, at: u64, len: usize) -> Option<Rc<CachedTable>> {
+        let mut cached = self.cached.borrow_mut();
+        let found = cached.tables.get(&at).filter(|table| table.len == len);
+        let table = found.filter(|table| table.is_read()).cloned()?;
+        table.state.borrow_mut().used = true;
+        cached.hits += 1;
+        Some(table)
+    }
+
     /// The table, if its content is here.
     #[cfg(test)]
     fn peek(&self, at: u64) -> Option<Rc<CachedTable>> {

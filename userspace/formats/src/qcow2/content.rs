@@ -5,7 +5,7 @@ use super::header::Qcow2Header;
 use crate::luks::{self, ImageKey, Sealed};
 use crate::Storage;
 use control::Failure;
-use diskio::{Bytes, Data, Errno};
+use diskio::{Bytes, Data, Errno, Pending};
 
 /// File that holds the clusters.
 pub(crate) enum ClusterFile<S> {
@@ -47,6 +47,22 @@ impl<S: Storage> ClusterFile<S> {
         match self {
             Self::Plain(storage) => storage.read_padded(at, data).await,
             Self::Sealed(sealed) => sealed.read(at, data).await,
+        }
+    }
+
+    /// Queues a read that is one operation; an encrypted one is not.
+    pub(super) fn begin_read(&self, at: u64, data: &Data) -> Option<Pending> {
+        match self {
+            Self::Plain(storage) => storage.begin_read(at, data),
+            Self::Sealed(_) => None,
+        }
+    }
+
+    /// Queues a write that is one operation; an encrypted one is not.
+    pub(super) fn begin_write(&self, at: u64, data: &Bytes) -> Option<Pending> {
+        match self {
+            Self::Plain(storage) => storage.begin_write(at, data),
+            Self::Sealed(_) => None,
         }
     }
 

@@ -87,8 +87,16 @@ pub(crate) struct Found {
     pub(crate) l2: Option<(Rc<Slice>, usize)>,
 }
 
+impl Found {
+    /// The image has the same entries as the memory.
+    pub(crate) fn is_settled(&self) -> bool {
+        let mut l2 = self.l2.iter();
+        self.l1.is_settled() && l2.all(|(slice, _)| slice.is_settled())
+    }
+}
+
 /// Reason why a cluster's content is unknown.
-enum Wrong {
+pub(super) enum Wrong {
     /// Its entry cannot be.
     Entry { word: u64, why: EntryError },
     /// A table is missing where one was expected.
@@ -180,7 +188,7 @@ impl<S: Storage> Qcow2Image<S> {
 
     /// Finds the entry of the cluster with byte `guest` of the disk as [`find`](Self::find) does, but only if all of it
     /// is in memory and valid.
-    fn known(&self, guest: u64) -> Option<Found> {
+    pub(super) fn known(&self, guest: u64) -> Option<Found> {
         let (span, table) = (self.geometry.span(), self.l1.get());
         let number = guest / span;
         if number >= table.entries {
@@ -280,7 +288,12 @@ impl<S: Storage> Qcow2Image<S> {
 
     /// Returns the run at byte `guest` as [`map`](Self::map) does, from entries that were found already, without a
     /// message if they are invalid.
-    fn run_at(&self, found: &Found, guest: u64, len: u64) -> Result<(ByteRun, u64), Wrong> {
+    pub(super) fn run_at(
+        &self,
+        found: &Found,
+        guest: u64,
+        len: u64,
+    ) -> Result<(ByteRun, u64), Wrong> {
         let geometry = &self.geometry;
         if found.l2.is_none() {
             let rest = geometry.span() - guest % geometry.span();
@@ -394,6 +407,14 @@ impl<S: Storage> Qcow2Image<S> {
         let end = at.checked_add(len).filter(|end| *end <= MAX_OFFSET);
         let end =
             end.ok_or_else(|| self.damaged(format_args!("a cluster at {at:#x} is out of reach")))?;
+        match self.meets_table(at, end) {
+            true => Err(self.damaged(format_args!("a cluster at {at:#x} is where a table is"))),
+            false => Ok(()),
+        }
+    }
+
+    /// Reports whether bytes of the image itself overlap one of its essential tables.
+    pub(super) fn meets_table(&self, at: u64, end: u64) -> bool {
         let (l1, refs) = (self.l1.get(), self.reftable.get());
         let keys = self
             .crypt
@@ -404,10 +425,7 @@ impl<S: Storage> Qcow2Image<S> {
             (refs.at, refs.at + refs.entries * 8),
             keys,
         ];
-        match tables.iter().any(|(from, to)| at < *to && *from < end) {
-            true => Err(self.damaged(format_args!("a cluster at {at:#x} is where a table is"))),
-            false => Ok(()),
-        }
+        tables.iter().any(|(from, to)| at < *to && *from < end)
     }
 
     /// Returns the L2 entry of a byte, in a table that only this image uses; makes the table if necessary.

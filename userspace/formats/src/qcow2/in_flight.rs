@@ -3,10 +3,14 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
+use std::rc::Rc;
 
 /// Requests that are under way, in the order of their beginning.
 #[derive(Debug, Default)]
-pub(crate) struct InFlightRequests {
+pub(crate) struct InFlightRequests(Rc<InFlightState>);
+
+#[derive(Debug, Default)]
+struct InFlightState {
     next: Cell<u64>,
     active: RefCell<BTreeSet<u64>>,
 }
@@ -14,35 +18,35 @@ pub(crate) struct InFlightRequests {
 /// A request that is under way, until it is dropped.
 #[derive(Debug)]
 #[must_use = "the request counts as over without this"]
-pub(crate) struct ActiveRequest<'u> {
-    users: &'u InFlightRequests,
+pub(crate) struct ActiveRequest {
+    users: Rc<InFlightState>,
     number: u64,
 }
 
 impl InFlightRequests {
-    pub(crate) fn enter(&self) -> ActiveRequest<'_> {
-        let number = self.next.get();
-        self.next.set(number + 1);
-        self.active.borrow_mut().insert(number);
+    pub(crate) fn enter(&self) -> ActiveRequest {
+        let number = self.0.next.get();
+        self.0.next.set(number + 1);
+        self.0.active.borrow_mut().insert(number);
         ActiveRequest {
-            users: self,
+            users: self.0.clone(),
             number,
         }
     }
 
     /// Returns a number above that of each request that has begun.
     pub(crate) fn now(&self) -> u64 {
-        self.next.get()
+        self.0.next.get()
     }
 
     /// Returns a number below that of each request that is under way.
     pub(crate) fn oldest(&self) -> u64 {
-        let first = self.active.borrow().first().copied();
-        first.unwrap_or(self.next.get())
+        let first = self.0.active.borrow().first().copied();
+        first.unwrap_or(self.0.next.get())
     }
 }
 
-impl Drop for ActiveRequest<'_> {
+impl Drop for ActiveRequest {
     fn drop(&mut self) {
         self.users.active.borrow_mut().remove(&self.number);
     }

@@ -21,6 +21,7 @@ mod in_flight;
 mod pack;
 mod places;
 mod preallocation;
+mod quick;
 mod read;
 mod rebuild;
 mod refcounts;
@@ -53,6 +54,7 @@ use control::Failure;
 use diskio::{Bytes, Data, Errno};
 use drivers::{
     Attributes, DirtyExtent, Disk, DiskInfo, Driver, DriverLimits, Extent, Fence, MappedExtent,
+    QueuedIo,
 };
 use header::{CORRUPT, DIRTY};
 use image::{ByteRun, Qcow2Image};
@@ -417,6 +419,14 @@ impl<S: Storage> Driver for Qcow2<S> {
 
     async fn write(&self, offset: u64, data: Bytes, _how: Attributes) -> Result<(), Errno> {
         self.image()?.write(offset, data).await
+    }
+
+    fn begin_read(&self, offset: u64, data: &Data) -> Option<QueuedIo> {
+        self.image.borrow().as_ref()?.begin_read(offset, data)
+    }
+
+    fn begin_write(&self, offset: u64, data: &Bytes) -> Option<QueuedIo> {
+        self.image.borrow().as_ref()?.begin_write(offset, data)
     }
 
     async fn flush(&self) -> Result<(), Errno> {

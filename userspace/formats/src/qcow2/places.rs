@@ -5,7 +5,7 @@
 //! a write moves its whole cluster, and the old place may be freed and reused soon. Backing images do not change, so
 //! their places are reported until the guest writes that range; so are zeroes.
 
-use super::image::{ByteRun, Found, Qcow2Image};
+use super::image::{ByteRun, Qcow2Image};
 use crate::{base, Storage};
 use diskio::Errno;
 use drivers::{Holder, MappedExtent};
@@ -55,7 +55,7 @@ impl<S: Storage> Qcow2Image<S> {
     /// itself.
     async fn map_sure(&self, at: u64, len: u64) -> Result<(ByteRun, u64, bool), Errno> {
         let (run, len, found) = self.map(at, len).await?;
-        if is_settled(&found) {
+        if found.is_settled() {
             return Ok((run, len, true));
         }
         let zeroed = self.zeroed.get();
@@ -71,10 +71,4 @@ impl<S: Storage> Qcow2Image<S> {
         // In a sound image no cluster is where a table is; of another one the guest would write that.
         !self.writable || owned && self.check_place(place, len).is_ok()
     }
-}
-
-/// The image says so, too.
-fn is_settled(found: &Found) -> bool {
-    let mut l2 = found.l2.iter();
-    found.l1.is_settled() && l2.all(|(slice, _)| slice.is_settled())
 }

@@ -57,6 +57,17 @@ pub(crate) struct SliceRefcounts {
     pub(crate) count: u64,
 }
 
+impl SliceRefcounts {
+    /// Returns how many of the first `most` refcounts are one, up to the first that is not.
+    fn alone(&self, most: u64, order: u32) -> u64 {
+        self.slice.look(|bytes| {
+            // CAST: less than a slice.
+            let is_one = |next: &u64| get(bytes, self.first + *next as usize, order) == 1;
+            (0..most).take_while(is_one).count() as u64
+        })
+    }
+}
+
 impl<S: Storage> Qcow2Image<S> {
     /// Returns the place of the refcount block for a cluster; `None` if there is none.
     async fn block(&self, cluster: u64) -> Result<Option<u64>, Errno> {
@@ -130,11 +141,7 @@ impl<S: Storage> Qcow2Image<S> {
                 break;
             };
             let some = counts.count.min(end - number);
-            let alone = counts.slice.look(|bytes| {
-                // CAST: less than a slice.
-                let is_one = |next: &u64| get(bytes, counts.first + *next as usize, order) == 1;
-                (0..some).take_while(is_one).count() as u64
-            });
+            let alone = counts.alone(some, order);
             number += alone;
             if alone < some {
                 break;
@@ -143,21 +150,59 @@ impl<S: Storage> Qcow2Image<S> {
         Ok((number * cluster).saturating_sub(at).min(len))
     }
 
+    /// Reports whether bytes are in clusters with one user each, by refcounts in memory; false if not all are in one slice
+    /// there.
+    pub(super) fn is_known_alone(&self, at: u64, len: u64) -> bool {
+        let cluster = self.geometry.cluster();
+        let first = at / cluster;
+        let wanted = (at + len).div_ceil(cluster) - first;
+        let counts = self.known_counts(first);
+        counts.is_some_and(|counts| {
+            wanted <= counts.count && counts.alone(wanted, self.geometry.refcount_order) == wanted
+        })
+    }
+
+    /// Returns the refcounts from that of a cluster on, if they are in memory and valid.
+    fn known_counts(&self, cluster: u64) -> Option<SliceRefcounts> {
+        let (table, number) = (self.reftable.get(), cluster / self.geometry.block_entries());
+        if number >= table.entries {
+            return None;
+        }
+        let (slice, at) = self.slices.known_at(table.at + number * 8)?;
+        let block = self.place_of_table(slice.number(at)).ok()??;
+        let (at, number) = self.place_of_counts(block, cluster);
+        let (slice, _) = self.slices.known_at(at)?;
+        Some(self.counts_from(slice, number))
+    }
+
     async fn counts_in(&self, block: u64, cluster: u64) -> Result<SliceRefcounts, Errno> {
-        let (order, slice_len) = (self.geometry.refcount_order, self.slices.slice_len());
-        let number = cluster % self.geometry.block_entries();
-        let in_slice = (slice_len * 8) >> order;
-        let (slice, _) = self
-            .slices
-            .at(block + number / in_slice * slice_len)
-            .await?;
-        let first = number % in_slice;
-        Ok(SliceRefcounts {
+        let (at, number) = self.place_of_counts(block, cluster);
+        let (slice, _) = self.slices.at(at).await?;
+        Ok(self.counts_from(slice, number))
+    }
+
+    /// Number of refcounts in a slice.
+    fn counts_per_slice(&self) -> u64 {
+        (self.slices.slice_len() * 8) >> self.geometry.refcount_order
+    }
+
+    /// Returns the offset of the slice with the refcount of a cluster, and which one of the slice it is.
+    fn place_of_counts(&self, block: u64, cluster: u64) -> (u64, u64) {
+        let (number, in_slice) = (
+            cluster % self.geometry.block_entries(),
+            self.counts_per_slice(),
+        );
+        let slice = block + number / in_slice * self.slices.slice_len();
+        (slice, number % in_slice)
+    }
+
+    fn counts_from(&self, slice: Rc<Slice>, first: u64) -> SliceRefcounts {
+        SliceRefcounts {
             slice,
             // CAST: less than there are in a slice.
             first: first as usize,
-            count: in_slice - first,
-        })
+            count: self.counts_per_slice() - first,
+        }
     }
 
     /// Makes a refcount block for a cluster whose neighbours are all free; the block counts itself. The cluster must be

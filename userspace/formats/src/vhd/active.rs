@@ -14,7 +14,7 @@ use crate::tables::{CachedTable, TableCache};
 use crate::{storage, Options, Storage};
 use control::Failure;
 use diskio::{Bytes, Data, Errno};
-use drivers::{Content, Extent, Holder, MappedExtent};
+use drivers::{Content, Extent, Holder, MappedExtent, QueuedIo};
 use futures::future::join;
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -217,6 +217,55 @@ impl<S: Storage> Active<S> {
             }
         }
         Ok(())
+    }
+
+    /// See [`Driver::begin_read`](drivers::Driver::begin_read). A block goes only when all of it is discarded, which no
+    /// request of the disk overtakes.
+    pub(crate) fn begin_read(&self, offset: u64, data: &Data) -> Option<QueuedIo> {
+        let (block, within) = self.one_block(offset, data.len() as u64)?;
+        let found = self.place(block, within, data.len() as u64);
+        let is_here = match found {
+            Some(place) => self.holds(place)?,
+            None => false,
+        };
+        match found.filter(|_| is_here) {
+            Some(place) => {
+                let io = self.storage.begin_read(self.data(place), data)?;
+                Some(io.into())
+            }
+            None => self.parent.as_ref()?.begin_read(offset, data),
+        }
+    }
+
+    /// See [`Driver::begin_write`](drivers::Driver::begin_write). The image says already that it has all of the sectors.
+    pub(crate) fn begin_write(&self, offset: u64, data: &Bytes) -> Option<QueuedIo> {
+        let (block, within) = self.one_block(offset, data.len() as u64)?;
+        let place = self.place(block, within, data.len() as u64)?;
+        let is_known = self.is_writable && self.blocks.is_settled(block) && self.holds(place)?;
+        let io = is_known.then(|| self.storage.begin_write(self.data(place), data))??;
+        Some(io.into())
+    }
+
+    /// Returns the block that has all of a range, and where in it the range begins.
+    fn one_block(&self, offset: u64, len: u64) -> Option<(u32, u64)> {
+        let (block, within, _, part) = self.pieces(offset, len).ok()?.next()?;
+        (part == len).then_some((block, within))
+    }
+
+    /// Reports whether the image has all sectors of a part, or none; `None` if it has some, or that is not in memory.
+    fn holds(&self, place: BlockPart) -> Option<bool> {
+        if self.blocks.is_full(place.block) {
+            return Some(true);
+        }
+        // CAST: a bitmap is at most 64 KiB.
+        let table = self.bitmaps.known(place.at, self.bitmap as usize)?;
+        let first = place.within / SECTOR;
+        let mut sectors = first..first + place.len / SECTOR;
+        table.see(|bits| {
+            let is_first = bit(bits, first);
+            let is_alike = sectors.all(|sector| bit(bits, sector) == is_first);
+            (is_alike && table.is_settled()).then_some(is_first)
+        })
     }
 
     /// Flushes a range of the disk if the parent has something else than zeroes there: its bits in the bitmap must not

@@ -5,7 +5,7 @@ use crate::field::refused;
 use crate::{storage, Storage};
 use control::Failure;
 use diskio::{Bytes, Data, Errno};
-use drivers::{Content, Extent};
+use drivers::{Content, Extent, QueuedIo};
 use std::cell::Cell;
 use std::rc::Rc;
 
@@ -45,6 +45,16 @@ impl<S: Storage> Fixed<S> {
     pub(crate) async fn write(&self, offset: u64, data: Bytes) -> Result<(), Errno> {
         self.check(offset, data.len() as u64)?;
         self.storage.write(offset, data).await
+    }
+
+    pub(crate) fn begin_read(&self, offset: u64, data: &Data) -> Option<QueuedIo> {
+        self.check(offset, data.len() as u64).ok()?;
+        self.storage.begin_read(offset, data).map(QueuedIo::from)
+    }
+
+    pub(crate) fn begin_write(&self, offset: u64, data: &Bytes) -> Option<QueuedIo> {
+        self.check(offset, data.len() as u64).ok()?;
+        self.storage.begin_write(offset, data).map(QueuedIo::from)
     }
 
     pub(crate) async fn discard(&self, offset: u64, len: u64) -> Result<(), Errno> {

@@ -40,7 +40,7 @@ use crate::{ImageParts, Options, Storage};
 use active::Active;
 use control::Failure;
 use diskio::{Bytes, Data, Errno};
-use drivers::{Attributes, DiskInfo, Driver, DriverLimits, Extent, Fence, MappedExtent};
+use drivers::{Attributes, DiskInfo, Driver, DriverLimits, Extent, Fence, MappedExtent, QueuedIo};
 use fixed::Fixed;
 use image::VhdImage;
 use std::cell::RefCell;
@@ -214,6 +214,20 @@ impl<S: Storage> Driver for Vhd<S> {
         match self.body()? {
             DiskBody::Fixed(fixed, _) => fixed.write(offset, data).await,
             DiskBody::Blocks(active) => active.write(offset, data).await,
+        }
+    }
+
+    fn begin_read(&self, offset: u64, data: &Data) -> Option<QueuedIo> {
+        match self.body.borrow().as_ref()? {
+            DiskBody::Fixed(fixed, _) => fixed.begin_read(offset, data),
+            DiskBody::Blocks(active) => active.begin_read(offset, data),
+        }
+    }
+
+    fn begin_write(&self, offset: u64, data: &Bytes) -> Option<QueuedIo> {
+        match self.body.borrow().as_ref()? {
+            DiskBody::Fixed(fixed, _) => fixed.begin_write(offset, data),
+            DiskBody::Blocks(active) => active.begin_write(offset, data),
         }
     }
 

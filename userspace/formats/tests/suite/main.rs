@@ -9,6 +9,7 @@ mod luks;
 mod moves;
 mod qcow;
 mod qcow2;
+mod quick;
 mod sectors;
 mod size;
 mod vhd;

@@ -5,6 +5,7 @@
 use super::{Failed, Server};
 use crate::ranges::{Range, RangeClaim, Source};
 use diskio::{op_result, Bytes, Errno, ResultMailbox, Writing};
+use drivers::PlaceHold;
 use std::cell::RefCell;
 use std::rc::Rc;
 use tapdev::{Kind, Request};
@@ -15,6 +16,7 @@ struct QuickIo {
     request: Request,
     claim: RangeClaim,
     writing: Writing,
+    hold: PlaceHold,
 }
 
 /// The reads and writes on the short way.
@@ -78,6 +80,7 @@ impl Server {
             writes,
         };
         let tag = request.tag();
+        let hold = io.deliver_to(&self.quick.ended, tag.into());
         self.in_flight.set(self.in_flight.get() + 1);
         self.quick.put(
             tag,
@@ -85,9 +88,9 @@ impl Server {
                 claim: self.ranges.enter(Source::Guest, range),
                 writing: self.terms.lost.write(),
                 request,
+                hold,
             },
         );
-        io.deliver_to(&self.quick.ended, tag.into());
         None
     }
 
@@ -109,7 +112,10 @@ impl Server {
             request,
             claim,
             writing,
+            hold,
         } = quick;
+        // The operation has ended.
+        drop(hold);
         let executed = match op_result(result) {
             Ok(done) if u64::from(done) == request.len => {
                 if request.kind == Kind::Write {

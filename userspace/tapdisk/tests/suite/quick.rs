@@ -3,8 +3,8 @@
 
 use control::stats::Stats;
 use control::Failure;
-use diskio::{Bytes, Data, Errno, File, Pending, Runtime};
-use drivers::{Attributes, Disk, DiskInfo, Driver, Fence};
+use diskio::{Bytes, Data, Errno, File, Runtime};
+use drivers::{Attributes, Disk, DiskInfo, Driver, Fence, QueuedIo};
 use ring::response::ResponseStatus;
 use ring::tap::shadow::{Op, PostedRequest};
 use std::cell::{Cell, RefCell};
@@ -43,15 +43,15 @@ impl Driver for CountedFile {
         self.0.slow.set(self.0.slow.get() + 1);
         self.0.file.write(offset, data).await
     }
-    fn begin_read(&self, offset: u64, data: &Data) -> Option<Pending> {
+    fn begin_read(&self, offset: u64, data: &Data) -> Option<QueuedIo> {
         self.0.quick.set(self.0.quick.get() + 1);
         let part = data.part(0, data.len().min(self.0.most.get()));
-        self.0.file.begin_read(offset, &part)
+        self.0.file.begin_read(offset, &part).map(QueuedIo::from)
     }
-    fn begin_write(&self, offset: u64, data: &Bytes) -> Option<Pending> {
+    fn begin_write(&self, offset: u64, data: &Bytes) -> Option<QueuedIo> {
         self.0.quick.set(self.0.quick.get() + 1);
         let part = data.part(0, data.len().min(self.0.most.get()));
-        self.0.file.begin_write(offset, &part)
+        self.0.file.begin_write(offset, &part).map(QueuedIo::from)
     }
     async fn flush(&self) -> Result<(), Errno> {
         Ok(())
