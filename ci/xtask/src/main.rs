@@ -23,6 +23,7 @@ mod run;
 mod steps;
 mod stolen;
 mod tally;
+mod time_out;
 mod vm;
 
 use clap::{Parser, Subcommand};
@@ -273,7 +274,8 @@ fn exit(good: bool) -> ExitCode {
 
 fn main() -> ExitCode {
     let cli = XtaskCli::parse();
-    match kernel::request(&cli.kernel).and_then(|()| run(cli.command)) {
+    let ready = time_out::show_times().and_then(|()| kernel::request(&cli.kernel));
+    match ready.and_then(|()| run(cli.command)) {
         Ok(code) => code,
         Err(error) => {
             eprintln!("error: {error:#}");

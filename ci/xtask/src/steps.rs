@@ -63,6 +63,8 @@ pub(crate) struct Time {
 
 /// Times of this command's steps, in the order of their ends.
 static TIMES: Mutex<Vec<Time>> = Mutex::new(Vec::new());
+/// Steps that have not ended, in the order of their beginnings.
+static RUNNING: Mutex<Vec<(String, Instant)>> = Mutex::new(Vec::new());
 /// When a line of progress was printed last.
 static PRINTED: Mutex<Option<Instant>> = Mutex::new(None);
 
@@ -75,6 +77,7 @@ pub(crate) struct RunningStep {
     /// Dropped to end the thread that announces the step.
     end: Option<Sender<()>>,
     teller: Option<JoinHandle<()>>,
+    _line: RunningLine,
 }
 
 impl RunningStep {
@@ -83,6 +86,7 @@ impl RunningStep {
         let start = Instant::now();
         let (end, ended) = channel();
         let before = last_time(kind, name);
+        let line = RunningLine::new(doing, start);
         let doing = doing.to_string();
         let teller = thread::spawn(move || {
             let mut wait = ANNOUNCED;
@@ -101,6 +105,29 @@ impl RunningStep {
             start,
             end: Some(end),
             teller: Some(teller),
+            _line: line,
+        }
+    }
+}
+
+/// A line of [`running`], until this is dropped.
+#[derive(Debug)]
+#[must_use = "the line is gone without this"]
+pub(crate) struct RunningLine(Instant);
+
+impl RunningLine {
+    /// `doing` says what runs, such as "compiling the programs".
+    pub(crate) fn new(doing: &str, start: Instant) -> Self {
+        locked(&RUNNING).push((doing.into(), start));
+        Self(start)
+    }
+}
+
+impl Drop for RunningLine {
+    fn drop(&mut self) {
+        let mut running = locked(&RUNNING);
+        if let Some(at) = running.iter().position(|(_, start)| *start == self.0) {
+            running.remove(at);
         }
     }
 }
@@ -114,6 +141,16 @@ impl Drop for RunningStep {
         }
         took(self.kind, &self.name, self.start.elapsed().as_secs_f64());
     }
+}
+
+/// Returns a line for each step that has not ended.
+pub(crate) fn running() -> Vec<String> {
+    let running = locked(&RUNNING);
+    let line = |(doing, start): &(String, Instant)| {
+        let elapsed = in_words(start.elapsed().as_secs_f64());
+        format!("time: still {doing}, after {elapsed}")
+    };
+    running.iter().map(line).collect()
 }
 
 /// Records that a step took this many seconds.
@@ -283,6 +320,18 @@ mod tests {
             progress("compiling", elapsed, Some(9.2)),
             "compiling ... 1 min 15 s, 9 s the last time"
         );
+    }
+
+    #[test]
+    fn a_step_is_running_until_it_ends() {
+        let find = || running().into_iter().find(|line| line.contains("weighing"));
+        let step = RunningStep::begin(StepKind::Build, "scales", "weighing");
+        let other = RunningStep::begin(StepKind::Build, "others", "counting");
+        assert_eq!(find(), Some("time: still weighing, after 0 s".into()));
+        drop(step);
+        assert_eq!(find(), None);
+        assert!(running().iter().any(|line| line.contains("counting")));
+        drop(other);
     }
 
     #[test]

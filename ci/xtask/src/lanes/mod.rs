@@ -9,7 +9,7 @@ mod programs;
 
 use crate::kernel::Dom0Kernel;
 use crate::low_priority;
-use crate::steps::{self, StepKind};
+use crate::steps::{self, RunningLine, StepKind};
 use crate::tally::TestTally;
 use anyhow::anyhow;
 use std::thread;
@@ -142,6 +142,7 @@ impl WantedLanes<'_> {
 
 fn run_one(lane: Lane, only: &str, seed: Option<u64>, tally: &mut TestTally) {
     let start = Instant::now();
+    let running = RunningLine::new(&format!("in lane {lane:?}"), start);
     let done = match lane {
         Lane::E2e => e2e::tests(tally, only, seed),
         Lane::Nightly => nightly::tests(tally, only, seed),
@@ -158,6 +159,7 @@ fn run_one(lane: Lane, only: &str, seed: Option<u64>, tally: &mut TestTally) {
     if let Err(error) = done {
         tally.fail(&format!("lane {lane:?}"), &format!("{error:#}"));
     }
+    drop(running);
     let seconds = start.elapsed().as_secs_f64();
     println!("== {lane:?} took {seconds:.0} s");
     steps::took(StepKind::Lane, &format!("{lane:?}"), seconds);
