@@ -50,7 +50,7 @@ pub(crate) fn run(driver: TestedDriver, story: DemoStory) -> Result<ExitCode> {
     }
     let well = report.problems() == 0;
     report.say(if well {
-        "The disks did everything that was asked of them."
+        "All disks kept what the guests wrote."
     } else {
         "The demonstration failed."
     })?;

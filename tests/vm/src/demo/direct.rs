@@ -69,7 +69,7 @@ pub(super) fn tell(report: &mut CaseReport, guest: &Guest, file: &str) -> Result
     }
     let count = disk.info()?.direct - before.direct;
     report.say(&format!(
-        "kill -9 {old}, and nobody starts another one for {} s: the guest's load went on, {count} requests without a process",
+        "kill -9 {old}, and the supervisor stands still for {} s: the guest's load went on, {count} requests without a process",
         AWAY.as_secs()
     ))?;
     drop(supervisor);

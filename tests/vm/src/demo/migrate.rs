@@ -128,7 +128,7 @@ fn moves(
 fn is_upgraded(report: &mut CaseReport, disk: &ServedDisk) -> Result<()> {
     let told = tap::ctl_json(&["handoff", &disk.minor.to_string()])?;
     report.say(&format!(
-        "tap-ctl handoff, as after an upgrade: tapdisk {} took the disk from {}; for {} ms nobody served it",
+        "tap-ctl handoff, as after an upgrade: tapdisk {} took the disk from {}; the guest's requests waited for {} ms",
         number(&told, "to")?,
         number(&told, "from")?,
         number(&told, "pause_us")? / 1000

@@ -46,7 +46,7 @@ fn with_file(report: &mut CaseReport, guest: &Guest, file: &str) -> Result<()> {
         "no process was killed while it had requests: the load was too small"
     );
     report.say(&format!(
-        "{} requests that the dead had not answered were executed again, in their order",
+        "{} requests that the killed processes had not answered were executed again, in their order",
         kernel.replayed
     ))?;
     cases::compare(guest, "xvdb", file, USED_MIB)?;
