@@ -73,20 +73,19 @@ static PRINTED: Mutex<Option<Instant>> = Mutex::new(None);
 pub(crate) struct RunningStep {
     kind: StepKind,
     name: String,
-    start: Instant,
+    line: RunningLine,
     /// Dropped to end the thread that announces the step.
     end: Option<Sender<()>>,
     teller: Option<JoinHandle<()>>,
-    _line: RunningLine,
 }
 
 impl RunningStep {
     /// Begins a step; `doing` is announced when it takes long, such as "compiling the programs".
     pub(crate) fn begin(kind: StepKind, name: &str, doing: &str) -> RunningStep {
-        let start = Instant::now();
+        let line = RunningLine::begin(doing);
+        let start = line.start;
         let (end, ended) = channel();
         let before = last_time(kind, name);
-        let line = RunningLine::new(doing, start);
         let doing = doing.to_string();
         let teller = thread::spawn(move || {
             let mut wait = ANNOUNCED;
@@ -102,32 +101,9 @@ impl RunningStep {
         RunningStep {
             kind,
             name: name.into(),
-            start,
+            line,
             end: Some(end),
             teller: Some(teller),
-            _line: line,
-        }
-    }
-}
-
-/// A line of [`running`], until this is dropped.
-#[derive(Debug)]
-#[must_use = "the line is gone without this"]
-pub(crate) struct RunningLine(Instant);
-
-impl RunningLine {
-    /// `doing` says what runs, such as "compiling the programs".
-    pub(crate) fn new(doing: &str, start: Instant) -> Self {
-        locked(&RUNNING).push((doing.into(), start));
-        Self(start)
-    }
-}
-
-impl Drop for RunningLine {
-    fn drop(&mut self) {
-        let mut running = locked(&RUNNING);
-        if let Some(at) = running.iter().position(|(_, start)| *start == self.0) {
-            running.remove(at);
         }
     }
 }
@@ -139,7 +115,37 @@ impl Drop for RunningStep {
             // The thread only prints, and its panic has been shown; the step itself is over.
             let _ = teller.join();
         }
-        took(self.kind, &self.name, self.start.elapsed().as_secs_f64());
+        took(self.kind, &self.name, self.line.seconds());
+    }
+}
+
+/// A line of [`running`], until this is dropped.
+#[derive(Debug)]
+#[must_use = "the line is gone without this"]
+pub(crate) struct RunningLine {
+    start: Instant,
+}
+
+impl RunningLine {
+    /// Begins now. `doing` says what runs, such as "compiling the programs".
+    pub(crate) fn begin(doing: &str) -> Self {
+        let start = Instant::now();
+        locked(&RUNNING).push((doing.into(), start));
+        Self { start }
+    }
+
+    /// Returns the seconds since it began.
+    pub(crate) fn seconds(&self) -> f64 {
+        self.start.elapsed().as_secs_f64()
+    }
+}
+
+impl Drop for RunningLine {
+    fn drop(&mut self) {
+        let mut running = locked(&RUNNING);
+        if let Some(at) = running.iter().position(|(_, start)| *start == self.start) {
+            running.remove(at);
+        }
     }
 }
 

@@ -141,8 +141,7 @@ impl WantedLanes<'_> {
 }
 
 fn run_one(lane: Lane, only: &str, seed: Option<u64>, tally: &mut TestTally) {
-    let start = Instant::now();
-    let running = RunningLine::new(&format!("in lane {lane:?}"), start);
+    let running = RunningLine::begin(&format!("in lane {lane:?}"));
     let done = match lane {
         Lane::E2e => e2e::tests(tally, only, seed),
         Lane::Nightly => nightly::tests(tally, only, seed),
@@ -159,8 +158,7 @@ fn run_one(lane: Lane, only: &str, seed: Option<u64>, tally: &mut TestTally) {
     if let Err(error) = done {
         tally.fail(&format!("lane {lane:?}"), &format!("{error:#}"));
     }
-    drop(running);
-    let seconds = start.elapsed().as_secs_f64();
+    let seconds = running.seconds();
     println!("== {lane:?} took {seconds:.0} s");
     steps::took(StepKind::Lane, &format!("{lane:?}"), seconds);
 }
