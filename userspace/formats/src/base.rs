@@ -58,10 +58,15 @@ impl Base {
         Ok(())
     }
 
+    /// Reports whether a range ends before the end of the disk.
+    fn has_all(&self, offset: u64, len: u64) -> bool {
+        let end = offset.checked_add(len);
+        end.is_some_and(|end| end <= self.size.get())
+    }
+
     /// Returns the disk if it has all of a range; `None` if the range ends behind it.
     pub(crate) fn all_of(&self, offset: u64, len: u64) -> Option<Disk> {
-        let is_here = offset.checked_add(len)? <= self.size.get();
-        is_here.then(|| self.disk.clone())
+        self.has_all(offset, len).then(|| self.disk.clone())
     }
 
     /// Returns the disk to ask for a range: it skips the images of a chain that are known to hold nothing of the range,
@@ -77,8 +82,8 @@ impl Base {
     /// Queues a read, see [`Driver::begin_read`](drivers::Driver::begin_read); `None` also if it ends behind the disk.
     pub(crate) fn begin_read(&self, offset: u64, data: &Data) -> Option<QueuedIo> {
         let len = data.len() as u64;
-        let is_here = offset.checked_add(len)? <= self.size.get();
-        is_here.then(|| self.holder(offset, len).begin_read(offset, data))?
+        self.has_all(offset, len)
+            .then(|| self.holder(offset, len).begin_read(offset, data))?
     }
 
     /// Returns the places of a range that the kernel may use; the part behind the end of the disk is nowhere.

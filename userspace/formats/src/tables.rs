@@ -303,12 +303,8 @@ impl TableCache {
 
     /// Returns the table of `len` bytes at `at`, if its content is in memory.
     pub(crate) fn known(&self, at: u64, len: usize) -> Option<Rc<CachedTable>> {
-        let mut cached = self.cached.borrow_mut();
-        let found = cached.tables.get(&at).filter(|table| table.len == len);
-        let table = found.filter(|table| table.is_read()).cloned()?;
-        table.state.borrow_mut().used = true;
-        cached.hits += 1;
-        Some(table)
+        let table = self.cached.borrow_mut().hit(at, len);
+        table.filter(|table| table.is_read())
     }
 
     /// The table, if its content is here.
@@ -324,10 +320,7 @@ impl TableCache {
 
     fn find(&self, at: u64, len: usize) -> Rc<CachedTable> {
         let mut cached = self.cached.borrow_mut();
-        let found = cached.tables.get(&at).filter(|table| table.len == len);
-        if let Some(table) = found.cloned() {
-            table.state.borrow_mut().used = true;
-            cached.hits += 1;
+        if let Some(table) = cached.hit(at, len) {
             return table;
         }
         cached.misses += 1;
@@ -360,6 +353,15 @@ impl TableCache {
 }
 
 impl Cached {
+    /// Returns the table of `len` bytes at `at`, whose content may still be on its way.
+    fn hit(&mut self, at: u64, len: usize) -> Option<Rc<CachedTable>> {
+        let found = self.tables.get(&at).filter(|table| table.len == len);
+        let table = found.cloned()?;
+        table.state.borrow_mut().used = true;
+        self.hits += 1;
+        Some(table)
+    }
+
     fn insert(&mut self, table: Rc<CachedTable>, budget: usize) {
         self.remove(table.at);
         self.make_room(budget.saturating_sub(table.len));

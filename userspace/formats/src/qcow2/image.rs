@@ -156,6 +156,12 @@ impl<S: Storage> Qcow2Image<S> {
         self.slices.at(table.at + number * 8).await
     }
 
+    /// The slice with an entry of a table, and its place there, if the table has that entry and it is in memory.
+    pub(super) fn known_slot(&self, table: EntryTable, number: u64) -> Option<(Rc<Slice>, usize)> {
+        let is_inside = number < table.entries;
+        is_inside.then(|| self.slices.known_at(table.at + number * 8))?
+    }
+
     /// Returns the offset of a table's cluster in an entry of another table; `None` if it is 0.
     pub(crate) fn table_at(&self, entry: u64, what: &str) -> Result<Option<u64>, Errno> {
         self.place_of_table(entry).map_err(|at| {
@@ -189,12 +195,7 @@ impl<S: Storage> Qcow2Image<S> {
     /// Finds the entry of the cluster with byte `guest` of the disk as [`find`](Self::find) does, but only if all of it
     /// is in memory and valid.
     pub(super) fn known(&self, guest: u64) -> Option<Found> {
-        let (span, table) = (self.geometry.span(), self.l1.get());
-        let number = guest / span;
-        if number >= table.entries {
-            return None;
-        }
-        let (l1, at) = self.slices.known_at(table.at + number * 8)?;
+        let (l1, at) = self.known_slot(self.l1.get(), guest / self.geometry.span())?;
         let l2 = match self.place_of_table(l1.number(at)).ok()? {
             Some(table) => Some(self.slices.known_at(self.entry_at(table, guest))?),
             None => None,

@@ -164,11 +164,8 @@ impl<S: Storage> Qcow2Image<S> {
 
     /// Returns the refcounts from that of a cluster on, if they are in memory and valid.
     fn known_counts(&self, cluster: u64) -> Option<SliceRefcounts> {
-        let (table, number) = (self.reftable.get(), cluster / self.geometry.block_entries());
-        if number >= table.entries {
-            return None;
-        }
-        let (slice, at) = self.slices.known_at(table.at + number * 8)?;
+        let number = cluster / self.geometry.block_entries();
+        let (slice, at) = self.known_slot(self.reftable.get(), number)?;
         let block = self.place_of_table(slice.number(at)).ok()??;
         let (at, number) = self.place_of_counts(block, cluster);
         let (slice, _) = self.slices.known_at(at)?;

@@ -219,21 +219,16 @@ impl<S: Storage> Active<S> {
         Ok(())
     }
 
-    /// See [`Driver::begin_read`](drivers::Driver::begin_read). A block goes only when all of it is discarded, which no
-    /// request of the disk overtakes.
+    /// See [`Driver::begin_read`](drivers::Driver::begin_read). The driver frees a block only when a request discards all of
+    /// it, and the kernel orders that request behind this one.
     pub(crate) fn begin_read(&self, offset: u64, data: &Data) -> Option<QueuedIo> {
         let (block, within) = self.one_block(offset, data.len() as u64)?;
-        let found = self.place(block, within, data.len() as u64);
-        let is_here = match found {
-            Some(place) => self.holds(place)?,
-            None => false,
-        };
-        match found.filter(|_| is_here) {
-            Some(place) => {
-                let io = self.storage.begin_read(self.data(place), data)?;
-                Some(io.into())
+        match self.place(block, within, data.len() as u64) {
+            Some(place) if self.holds(place)? => {
+                let io = self.storage.begin_read(self.data(place), data);
+                io.map(QueuedIo::from)
             }
-            None => self.parent.as_ref()?.begin_read(offset, data),
+            _ => self.parent.as_ref()?.begin_read(offset, data),
         }
     }
 
@@ -242,8 +237,8 @@ impl<S: Storage> Active<S> {
         let (block, within) = self.one_block(offset, data.len() as u64)?;
         let place = self.place(block, within, data.len() as u64)?;
         let is_known = self.is_writable && self.blocks.is_settled(block) && self.holds(place)?;
-        let io = is_known.then(|| self.storage.begin_write(self.data(place), data))??;
-        Some(io.into())
+        let io = is_known.then(|| self.storage.begin_write(self.data(place), data))?;
+        io.map(QueuedIo::from)
     }
 
     /// Returns the block that has all of a range, and where in it the range begins.

@@ -380,9 +380,8 @@ fn holes_of_an_export_are_not_read() {
         let Ok(Reply::Stats(stats)) = process.ask(Request::Stats, None) else {
             panic!("no statistics");
         };
-        match stats.scrub {
-            Some(scrub) if !scrub.running => break scrub,
-            _ => {}
+        if let Some(scrub) = stats.scrub.filter(|scrub| !scrub.running) {
+            break scrub;
         }
         assert!(start.elapsed() < Duration::from_secs(30), "it does not end");
     };
