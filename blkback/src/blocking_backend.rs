@@ -103,6 +103,14 @@ impl<B: Backend> Backend for BlockingBackend<'_, B> {
         });
     }
 
+    fn reap_anywhere(&mut self, mut done: impl FnMut(QueueTag, ResponseStatus)) -> bool {
+        let traced = self.context.guest.traced();
+        self.backend.reap_anywhere(|tag, status| {
+            traced.complete(tag.number(), status.to_wire());
+            done(tag, status);
+        })
+    }
+
     fn prefers_mapped(&self, kind: IoKind) -> bool {
         self.backend.prefers_mapped(kind)
     }

@@ -142,7 +142,7 @@ impl Backend for Phy {
     }
 
     fn reap(&mut self, mut done: impl FnMut(QueueTag, ResponseStatus)) {
-        self.bios.reap(|tag, status| {
+        self.bios.reap(|tag, status, _| {
             done(
                 tag,
                 match status {

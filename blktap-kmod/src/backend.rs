@@ -3,10 +3,12 @@
 //! The engine's backend over the shadow of a disk.
 
 use super::disk::{DiskInner, QueueSignal, TapDisk, BATCH};
+use super::express::ExpressSignal;
 use super::passthrough::{Executor, MappedAt};
 use super::queue_slice::QueueSlice;
 use crate::engine::segments::Segments;
 use crate::engine::{Backend, Io, IoKind, ReapContext};
+use crate::linux::block::bio;
 use crate::linux::memory::data::DataPages;
 use crate::linux::memory::vectors::push;
 use crate::linux::monotonic_ns;
@@ -71,6 +73,7 @@ impl TapQueue {
             wake_event,
             done: AtomicFlag::new(false),
             resumable: AtomicFlag::new(false),
+            express: ExpressSignal::new(),
         })?;
         let ready = KVec::with_capacity(BATCH, GFP_KERNEL)?;
         let rejected = KVec::with_capacity(usize::from(place.depth), GFP_KERNEL)?;
@@ -174,12 +177,74 @@ impl TapQueue {
                     executor.give_back(ready.tag);
                 }
             }
+            if let Some(executor) = self.executor.as_mut().filter(|_| begun > 0) {
+                executor.take_express(&mut inner, place);
+            }
             self.disk.announce(&mut inner);
         }
         self.ready.clear();
         if let Some(executor) = &mut self.executor {
             executor.learn(begun, given_back);
             executor.start(&self.disk, place, Some(segments));
+        }
+    }
+
+    /// Begins what can be begun in express, and [posts](Self::post) all else. May sleep.
+    // A function of its own, so that the thread has a small stack frame.
+    #[inline(never)]
+    fn begin_or_post<'b>(&mut self, batch: impl Iterator<Item = Io<'b>>, in_express: bool) {
+        let mut segments = None;
+        for io in batch {
+            if in_express && self.begin_in_express(&io) {
+                continue;
+            }
+            segments = Some(io.segments);
+            self.make_ready(&io);
+            if self.ready.len() >= BATCH {
+                self.post(io.segments);
+            }
+        }
+        if let Some(segments) = segments.filter(|_| !self.ready.is_empty()) {
+            self.post(segments);
+        }
+    }
+
+    fn begin_in_express(&mut self, io: &Io<'_>) -> bool {
+        let (executor, signal) = (self.executor.as_mut(), &self.share.express);
+        executor.is_some_and(|executor| executor.begin_in_express(io, signal))
+    }
+
+    /// Appends a request to those that are to be posted.
+    fn make_ready(&mut self, io: &Io<'_>) {
+        let Some(request) = self.prepare(io) else {
+            return reject(&mut self.rejected, io.tag);
+        };
+        let ready = ReadyRequest {
+            tag: io.tag,
+            request,
+            mapped: io.is_mapped().then_some(MappedAt {
+                head: io.head,
+                count: io.count,
+            }),
+        };
+        if push(&mut self.ready, ready).is_err() {
+            // Cannot happen: `ready` has room for a batch, and holds less than one.
+            reject(&mut self.rejected, io.tag);
+        }
+    }
+
+    // A function of its own, because the plug is on its stack.
+    #[inline(never)]
+    fn submit_in_express<'b>(&mut self, count: u16, batch: impl Iterator<Item = Io<'b>>) {
+        if let Some(executor) = &mut self.executor {
+            executor.learn_express();
+        }
+        bio::plugged(count, || self.begin_or_post(batch, true));
+    }
+
+    fn show_express(&self) {
+        if let Some(executor) = &self.executor {
+            executor.express.show(&self.share.express);
         }
     }
 }
@@ -190,32 +255,12 @@ fn reject(rejected: &mut KVec<QueueTag>, tag: QueueTag) {
 }
 
 impl Backend for TapQueue {
-    fn submit<'b>(&mut self, _count: u16, batch: impl Iterator<Item = Io<'b>>) {
-        let mut segments = None;
-        for io in batch {
-            segments = Some(io.segments);
-            let Some(request) = self.prepare(&io) else {
-                reject(&mut self.rejected, io.tag);
-                continue;
-            };
-            let ready = ReadyRequest {
-                tag: io.tag,
-                request,
-                mapped: io.is_mapped().then_some(MappedAt {
-                    head: io.head,
-                    count: io.count,
-                }),
-            };
-            if push(&mut self.ready, ready).is_err() {
-                // Cannot happen: `ready` has room for a batch, and holds less than one.
-                reject(&mut self.rejected, io.tag);
-            }
-            if self.ready.len() >= BATCH {
-                self.post(io.segments);
-            }
-        }
-        if let Some(segments) = segments.filter(|_| !self.ready.is_empty()) {
-            self.post(segments);
+    fn submit<'b>(&mut self, count: u16, batch: impl Iterator<Item = Io<'b>>) {
+        let executor = self.executor.as_ref();
+        if executor.is_some_and(|executor| executor.may_use_express(&self.share.express)) {
+            self.submit_in_express(count, batch);
+        } else {
+            self.begin_or_post(batch, false);
         }
     }
 
@@ -249,11 +294,20 @@ impl Backend for TapQueue {
     }
 
     fn reap_context(&self) -> ReapContext {
-        // What the queue executes itself ends in interrupts, which wake the thread.
-        match self.executor {
+        match &self.executor {
             None => ReapContext::Task,
+            // No lock of the disk is needed for what ends in express, and no storage is released.
+            Some(executor) if executor.is_express_only() => ReapContext::Any,
+            // What else the queue executes itself ends in interrupts, which wake the thread.
             Some(_) => ReapContext::Thread,
         }
+    }
+
+    fn reap_anywhere(&mut self, mut done: impl FnMut(QueueTag, ResponseStatus)) -> bool {
+        let executor = self.executor.as_mut();
+        let left = executor.is_some_and(|executor| executor.reap_express(&mut done));
+        self.show_express();
+        left
     }
 
     fn reap(&mut self, mut done: impl FnMut(QueueTag, ResponseStatus)) {
@@ -262,6 +316,10 @@ impl Backend for TapQueue {
         }
         if let Some(executor) = &mut self.executor {
             executor.reap(&self.disk, self.place, &mut done);
+            if executor.must_leave_express(&self.share.express) {
+                executor.leave_express(&self.disk, self.place, &self.share.express);
+            }
+            executor.express.show(&self.share.express);
         }
         self.disk.fail_overdue();
         if !self.share.done.load(Relaxed) || !self.share.done.xchg(false, Full) {
@@ -309,8 +367,13 @@ impl Backend for TapQueue {
 
 impl Drop for TapQueue {
     fn drop(&mut self) {
+        // Waits for the last bios, so that no request is in express when the queue gives that up.
+        self.executor = None;
         let share = {
             let mut inner = self.disk.inner.lock();
+            let (executed, _) = self.share.express.counts();
+            inner.shadow.count_express(executed);
+            inner.shadow.gave_up_express(self.place.index);
             inner.shadow.set_able(self.place.index, false);
             // The requests that the process has remain as orphans.
             let _orphans = inner.shadow.orphan(self.place.index);
@@ -318,6 +381,8 @@ impl Drop for TapQueue {
             let share = place.and_then(Option::take);
             // Another queue's request may have waited for one that was forgotten.
             self.disk.announce(&mut inner);
+            // A process may have waited until this queue gives express up.
+            inner.tell_recallers(&self.disk.ready);
             inner.kick();
             share
         };

@@ -88,12 +88,12 @@ impl TapDisk {
                 && before.is_writable() == backing.writable
                 && before.block() == backing.block;
             let known = shadow
-                .map()
+                .map_seen()
                 .as_ref()
                 .is_some_and(|map| map.has_backing(number));
             return if same && known { Ok(()) } else { Err(EEXIST) };
         }
-        if shadow.map().is_none() {
+        if shadow.map_seen().is_none() {
             *shadow.map() = map.take();
         }
         let known = shadow.map().as_mut().ok_or(ENOMEM)?;
@@ -102,6 +102,7 @@ impl TapDisk {
             return Err(EEXIST);
         }
         *place = Some(storage.clone());
+        inner.withdraw_express();
         Ok(())
     }
 
@@ -109,8 +110,7 @@ impl TapDisk {
     ///
     /// # Errors
     ///
-    /// `ENOENT` if there is none, `EBUSY` while a request is executed in it; no new request is begun in it from then
-    /// on.
+    /// `ENOENT` if there is none, `EBUSY` while a request is executed in it; soon no new request is begun in it.
     pub(super) fn remove_backing(&self, number: BackingNumber) -> Result {
         let storage = {
             let mut inner = self.inner.lock();
@@ -165,16 +165,26 @@ impl TapDisk {
         let DiskInner {
             shadow, backings, ..
         } = &mut *inner;
-        let Some(map) = shadow.map() else {
-            return Ok(None);
-        };
         let numbers = (0..abi::MAX_BACKINGS).filter_map(BackingNumber::new);
         for (number, storage) in numbers.zip(&*backings) {
-            if let Some(storage) = storage {
-                map.resize_backing(number, storage.sectors());
+            let (Some(storage), Some(map)) = (storage, shadow.map_seen()) else {
+                continue;
+            };
+            let sectors = storage.sectors();
+            // Most have their size still, and then the map stays as it is.
+            if map
+                .backing_sectors(number)
+                .is_none_or(|known| known == sectors)
+            {
+                continue;
+            }
+            if let Some(map) = shadow.map() {
+                map.resize_backing(number, sectors);
             }
         }
-        Ok(map.wants())
+        inner.withdraw_express();
+        let map = inner.shadow.map_seen().as_ref();
+        Ok(map.and_then(|map| map.wants()))
     }
 
     /// Gives the map `count` leaves, because it has forgotten extents for want of leaves, or is about to. They count
@@ -187,6 +197,7 @@ impl TapDisk {
                 Some(map) => map.grow(slots, leaves),
                 None => (slots, leaves),
             };
+            inner.withdraw_express();
             drop(inner);
             // Not under the lock.
             drop(rest);
@@ -234,20 +245,21 @@ impl TapDisk {
 
     /// Fills in the state of the mappings.
     pub(super) fn describe_maps(&self, maps: &mut Maps) {
-        let mut inner = self.inner.lock();
+        let inner = self.inner.lock();
         maps.refused = inner.sets_refused;
-        let map = inner.shadow.map().as_ref();
+        let map = inner.shadow.map_seen().as_ref();
         maps.generation = map.map_or(0, |map| map.generation());
         maps.backings = map.map_or(0, |map| map.backings());
     }
 
     /// Fills in the statistics of the mappings.
     pub(super) fn describe_mapped(&self, mapped: &mut Mapped) {
-        let mut inner = self.inner.lock();
+        let inner = self.inner.lock();
         mapped.missed = inner.shadow.missed();
         mapped.refused = inner.sets_refused;
         mapped.recalled = inner.recalls;
-        if let Some(map) = inner.shadow.map() {
+        (mapped.express, _) = inner.express_counts();
+        if let Some(map) = inner.shadow.map_seen() {
             mapped.evicted = map.evicted();
             // CAST: there are at most `MAX_LEAVES`.
             mapped.room = map.room() as u32;

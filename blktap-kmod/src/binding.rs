@@ -196,7 +196,7 @@ impl QueueBackends for Binding {
         // Without a process there is nothing to wait for but what the queues execute: the disk keeps what is
         // delivered.
         let inner = self.disk.inner.lock();
-        let ends = inner.is_live() || inner.shadow.executing() > 0;
+        let ends = inner.is_live() || inner.shadow.executing() > 0 || inner.shadow.has_express();
         Drain::Detachable {
             timeout_ns: if ends { DRAIN_NS } else { 0 },
         }

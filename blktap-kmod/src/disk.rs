@@ -4,6 +4,7 @@
 
 use super::areas::DiskAreas;
 use super::commands::Commands;
+use super::express::ExpressSignal;
 use crate::backing::Attachment;
 use crate::events::DeviceEvents;
 use crate::linux::block::storage::DiskStorage;
@@ -97,6 +98,7 @@ pub(crate) struct QueueSignal {
     pub(super) done: AtomicFlag,
     /// The queue can begin a request that waited.
     pub(super) resumable: AtomicFlag,
+    pub(super) express: ExpressSignal,
 }
 
 impl QueueSignal {
@@ -223,6 +225,7 @@ impl TapDisk {
             map.resize(params.sectors);
         }
         self.sectors.store(params.sectors, Relaxed);
+        inner.withdraw_express();
         // The queues look at the size before each pass.
         inner.wake_queues();
         inner.kick();
@@ -314,6 +317,10 @@ impl TapDisk {
         let now = monotonic_ns();
         let inner = self.inner.lock();
         inner.shadow.describe(&mut info, now);
+        let (executed, executing) = inner.express_counts();
+        info.direct = info.direct.wrapping_add(executed);
+        // CAST: at most as many as there are tags.
+        info.executing = info.executing.wrapping_add(executing as u32);
         info.backings = inner.backing_bits();
         info.pid = inner.pid;
         let (domain, device) = inner
@@ -325,8 +332,10 @@ impl TapDisk {
         info
     }
 
-    /// Wakes the process if it waits and there is a request to fetch, and queues that can begin a request.
+    /// Wakes the process if it waits and there is a request to fetch, queues that can begin a request, and queues that must
+    /// give express up.
     pub(super) fn announce(&self, inner: &mut DiskInner) {
+        inner.withdraw_express();
         if inner.shadow.waiting() == 0 {
             return;
         }
@@ -391,6 +400,31 @@ impl DiskInner {
                 share.tell_resumable();
             }
         }
+    }
+
+    /// Withdraws express from all queues, if something is in its way.
+    pub(super) fn withdraw_express(&mut self) {
+        let mut queues = self.shadow.take_withdrawn();
+        while let Some(queue) = take_queue(&mut queues) {
+            match self.shares.get(queue) {
+                Some(Some(share)) => {
+                    share.express.withdraw();
+                    share.wake_event.wake();
+                }
+                // A queue that is gone has given it up.
+                // CAST: below 64.
+                _ => self.shadow.gave_up_express(queue as u16),
+            }
+        }
+    }
+
+    /// Returns the number of requests that the queues have executed in express, and of those in flight.
+    pub(super) fn express_counts(&self) -> (u64, u64) {
+        let queues = self.shares.iter().flatten();
+        queues.fold((0, 0), |(ended, running), share| {
+            let (more, now) = share.express.counts();
+            (ended.wrapping_add(more), running.wrapping_add(now))
+        })
     }
 
     /// Returns true if there is a request to fetch.

@@ -5,8 +5,8 @@
 //! A [`disk`] has a node in `/dev/xentap`, memory that it shares with the process that opens the node ([`areas`]), and
 //! the shadow of every request that is not answered (`ring::tap::shadow`). Reading order along the life of a request:
 //! `backend` (a queue posts it), `exchange` (the process fetches and commits it), `node` (the system calls for that),
-//! `fence` (the end of a process). A queue itself executes the requests that need no process (`direct`), in the
-//! backings of the disk (`backings`). `registry` and `control` make disks and find them, `binding` connects a disk to a
+//! `fence` (the end of a process). A queue itself executes the requests that need no process (`passthrough`, `express`), in the
+//! backings of the disk (`backing_files`). `registry` and `control` make disks and find them, `binding` connects a disk to a
 //! device of the bus.
 
 mod areas;
@@ -16,6 +16,7 @@ mod binding;
 mod commands;
 mod control;
 mod disk;
+mod express;
 mod fence;
 mod node;
 mod passthrough;

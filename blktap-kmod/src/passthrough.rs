@@ -12,8 +12,10 @@
 //! the engine, which brings the data to the arena.
 
 use super::disk::{BackingTable, DiskInner, TapDisk, BATCH};
+use super::express::{ExpressSignal, QueueExpress};
 use super::queue_slice::QueueSlice;
 use crate::engine::segments::Segments;
+use crate::engine::{Io, IoKind};
 use crate::linux::block::bio::{self, Inflight, Operation, PagePiece};
 use crate::linux::block::storage::DiskStorage;
 use crate::linux::memory::data::DataPages;
@@ -24,7 +26,7 @@ use crate::ring::abi::PAGE_SIZE;
 use crate::ring::numbers::{PageIndex, QueueTag};
 use crate::ring::response::ResponseStatus;
 use crate::ring::tap::abi::{self, TapSegment};
-use crate::ring::tap::extent::BackingNumber;
+use crate::ring::tap::extent::{BackingNumber, ExtentAccess};
 use crate::ring::tap::shadow::passthrough::{RequestPart, Start, MAX_PARTS};
 use core::pin::Pin;
 use kernel::prelude::*;
@@ -61,9 +63,10 @@ pub(super) struct Executor {
     /// The places of their data, in the same order; has room for all parts of a batch.
     parts: KVec<RequestPart>,
     /// Ended requests, and their results, unless they are for the process now; has room for all tags.
-    ended: KVec<(QueueTag, Option<ResponseStatus>)>,
+    ended: EndedRequests,
     /// Requests to be given back; has room for all tags.
     back: KVec<QueueTag>,
+    pub(super) express: QueueExpress,
     /// A request of the last batch was begun (`has_begun`); more requests of it were begun than given back (`begins`).
     has_begun: bool,
     begins: bool,
@@ -71,9 +74,12 @@ pub(super) struct Executor {
     shuns_mapped: bool,
     /// The queue's part of what its guest may have mapped.
     _lease: Option<Lease>,
-    /// Requests that were begun and have not ended.
+    /// Requests that were begun with the shadow and have not ended.
     executing: u16,
 }
+
+/// Requests that have ended, and their results, unless they are for the process now.
+type EndedRequests = KVec<(QueueTag, Option<ResponseStatus>)>;
 
 impl Executor {
     /// Allocates the resources of a queue. May sleep.
@@ -91,6 +97,7 @@ impl Executor {
             parts: KVec::with_capacity(BATCH.saturating_mul(MAX_PARTS), GFP_KERNEL)?,
             ended: KVec::with_capacity(depth.into(), GFP_KERNEL)?,
             back: KVec::with_capacity(depth.into(), GFP_KERNEL)?,
+            express: QueueExpress::new(),
             has_begun: true,
             begins: true,
             shuns_mapped: false,
@@ -102,7 +109,17 @@ impl Executor {
 
     /// Returns true while bios may use the pages.
     pub(super) fn is_busy(&self) -> bool {
-        self.executing > 0
+        self.executing > 0 || self.express.is_busy()
+    }
+
+    /// Returns true if all requests in flight are in express, and others are not begun before its thread has looked.
+    pub(super) fn is_express_only(&self) -> bool {
+        self.executing == 0 && self.express.is_there()
+    }
+
+    /// Records that all of the last batch was begun in express.
+    pub(super) fn learn_express(&mut self) {
+        self.has_begun = true;
     }
 
     /// Begins waiting requests that the queue can begin now, at most a batch. May sleep.
@@ -228,11 +245,8 @@ impl Executor {
         place: QueueSlice,
         mut done: impl FnMut(QueueTag, ResponseStatus),
     ) {
+        let _left = self.reap_express(&mut done);
         let ended = &mut self.ended;
-        self.bios.reap(|tag, status| {
-            // There is room for all tags, and each is in it once, because a tag is in use until it is reaped.
-            let _pushed = push(ended, (tag, Some(result(status))));
-        });
         for batch in ended.chunks_mut(BATCH) {
             let mut inner = disk.inner.lock();
             for (tag, ending) in batch {
@@ -257,8 +271,128 @@ impl Executor {
     }
 }
 
+/// Requests in express.
+impl Executor {
+    /// Returns true if the queue may begin requests in express now.
+    pub(super) fn may_use_express(&self, signal: &ExpressSignal) -> bool {
+        self.express.is_there() && !signal.is_withdrawn()
+    }
+
+    /// Begins an I/O in express, if it is a read or write with its data in pages of the guest and the extent has it. May sleep.
+    pub(super) fn begin_in_express(&mut self, io: &Io<'_>, signal: &ExpressSignal) -> bool {
+        let (operation, access) = match io.kind {
+            IoKind::Read => (Operation::Read, ExtentAccess::Read),
+            IoKind::Write => (
+                Operation::Write {
+                    preflush: false,
+                    fua: false,
+                },
+                ExtentAccess::ReadWrite,
+            ),
+            _ => return false,
+        };
+        let extent = self.express.extent.as_ref();
+        let place = extent.and_then(|extent| extent.place_of(io.sector, io.sectors, access));
+        let Some(place) = place.filter(|_| io.is_mapped()) else {
+            return false;
+        };
+        let Some(inflight) = self.bios.begin(io.tag, None) else {
+            return false;
+        };
+        // Shown before it is submitted, which may sleep for as long as the storage hangs.
+        self.express.begins();
+        self.express.show(signal);
+        let pieces = io.slices().map(PagePiece::from);
+        inflight.scatter(operation, place, io.count(), pieces);
+        true
+    }
+
+    /// Takes express, if the shadow offers it to a queue that has just begun a request. The disk is locked.
+    pub(super) fn take_express(&mut self, inner: &mut DiskInner, place: QueueSlice) {
+        // A process that waits for the end of all I/O would find a queue in express again and again.
+        if self.express.extent.is_some() || inner.recallers > 0 {
+            return;
+        }
+        let Some(extent) = inner.shadow.offer_express(place.index) else {
+            return;
+        };
+        let backing = inner.backings.get(extent.backing().index());
+        let device = match backing {
+            Some(Some(DiskStorage::Device(device))) if !device.wants_stable_pages() => {
+                device.clone()
+            }
+            // A file is not called in interrupts, and what wants stable pages gets none of the guest.
+            _ => return inner.shadow.gave_up_express(place.index),
+        };
+        match self.bios.set_device(Some(device)) {
+            Ok(_none) => self.express.extent = Some(extent),
+            Err(_busy) => inner.shadow.gave_up_express(place.index),
+        }
+    }
+
+    /// Returns true if the queue must give express up.
+    pub(super) fn must_leave_express(&self, signal: &ExpressSignal) -> bool {
+        self.express.extent.is_some() && signal.is_withdrawn()
+    }
+
+    /// Gives express up, which the queue must, if its requests have ended. The queue's thread calls this after it has
+    /// collected what has ended.
+    // A function of its own, so that the thread has a small stack frame.
+    #[inline(never)]
+    pub(super) fn leave_express(
+        &mut self,
+        disk: &TapDisk,
+        place: QueueSlice,
+        signal: &ExpressSignal,
+    ) {
+        // Completions wake the thread from now on.
+        self.express.is_leaving = true;
+        if self.express.is_busy() {
+            return;
+        }
+        // The reference to the device goes first: afterwards the backing may be taken from the disk.
+        let Ok(device) = self.bios.set_device(None) else {
+            return;
+        };
+        drop(device);
+        self.express.extent = None;
+        self.express.is_leaving = false;
+        let mut inner = disk.inner.lock();
+        signal.gave_up();
+        inner.shadow.gave_up_express(place.index);
+        disk.announce(&mut inner);
+        inner.tell_recallers(&disk.ready);
+    }
+
+    /// Collects the requests that have ended while the queue's thread waits. Callable in any context if all of them are in
+    /// express. Returns true if something is left for the thread.
+    pub(super) fn reap_express(&mut self, mut done: impl FnMut(QueueTag, ResponseStatus)) -> bool {
+        let Self {
+            bios,
+            express,
+            ended,
+            back,
+            ..
+        } = self;
+        bios.reap(|tag, status, is_own| match is_own {
+            true => {
+                express.ends(status == 0);
+                match status {
+                    0 => done(tag, ResponseStatus::Okay),
+                    _ => give_back(back, tag),
+                }
+            }
+            false => {
+                // There is room for all tags, and each is in it once, because a tag is in use until it is reaped.
+                let _pushed = push(ended, (tag, Some(result(status))));
+            }
+        });
+        !self.back.is_empty() || !self.ended.is_empty()
+    }
+}
+
 /// Ends a request that was not started: the process gets it, or it is given back.
-fn fail(ended: &mut KVec<(QueueTag, Option<ResponseStatus>)>, tag: QueueTag) {
+fn fail(ended: &mut EndedRequests, tag: QueueTag) {
     let _pushed = push(ended, (tag, Some(ResponseStatus::Error)));
 }
 

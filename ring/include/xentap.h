@@ -245,7 +245,8 @@ struct xentap_mapped {
 	uint64_t evicted;
 	uint64_t refused;
 	uint64_t recalled;
-	uint64_t reserved[4];
+	uint64_t express;
+	uint64_t reserved[3];
 };
 
 /* Kept for later: refused with EOPNOTSUPP. */

@@ -135,9 +135,18 @@ pub trait Backend {
     /// Yields the completions that came since the last call, in any order. Does not sleep.
     fn reap(&mut self, done: impl FnMut(QueueTag, ResponseStatus));
 
-    /// Returns where [`reap`](Self::reap) and [`now`](Self::now) may be called, if not by the queue's thread.
+    /// Returns where [`reap`](Self::reap) and [`now`](Self::now) may be called, if not by the queue's thread; in place of the
+    /// former it is [`reap_anywhere`](Self::reap_anywhere) that may be called in any context. Changes only while the thread has
+    /// the backend.
     fn reap_context(&self) -> ReapContext {
         ReapContext::Thread
+    }
+
+    /// Yields completions like [`reap`](Self::reap), in any context. Returns true if something is left that the thread must
+    /// collect.
+    fn reap_anywhere(&mut self, done: impl FnMut(QueueTag, ResponseStatus)) -> bool {
+        self.reap(done);
+        false
     }
 
     /// Reports whether requests of this kind are served best from mapped pages that the guest keeps granted.
@@ -218,6 +227,11 @@ impl<B: Backend> Backend for &mut B {
     #[inline]
     fn reap_context(&self) -> ReapContext {
         (**self).reap_context()
+    }
+
+    #[inline]
+    fn reap_anywhere(&mut self, done: impl FnMut(QueueTag, ResponseStatus)) -> bool {
+        (**self).reap_anywhere(done)
     }
 
     #[inline]

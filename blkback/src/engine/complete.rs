@@ -7,6 +7,8 @@ use crate::engine::requests::{PendingRequest, Requests};
 use crate::engine::state::Engine;
 use crate::engine::timing::times::Times;
 use crate::ring::grants::Grants;
+use crate::ring::numbers::QueueTag;
+use crate::ring::response::ResponseStatus;
 use crate::ring::shared_ring::SharedRing;
 
 /// Earlier wake-ups of the queue's thread, in a pass.
@@ -28,16 +30,29 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
     }
 
     /// Records what the backend has completed, and nothing else.
-    pub(super) fn collect(&mut self) {
+    fn collect(&mut self) {
         let mut batch = Times::default();
-        let mut any = false;
         complete(&mut self.requests, &mut self.backend, |request| {
-            any = true;
             batch.ends(request.kind, request.since);
         });
-        if any {
+        self.add_times(&batch);
+    }
+
+    /// Records what can be collected in any context. Returns true if something is left for the thread.
+    pub(super) fn collect_anywhere(&mut self) -> bool {
+        let mut batch = Times::default();
+        let record = recorder(&mut self.requests, |request| {
+            batch.ends(request.kind, request.since);
+        });
+        let left = self.backend.reap_anywhere(record);
+        self.add_times(&batch);
+        left
+    }
+
+    fn add_times(&mut self, batch: &Times) {
+        if !batch.is_empty() {
             let now = self.clock.look(&self.backend);
-            self.stats.times.add(&batch, now);
+            self.stats.times.add(batch, now);
         }
     }
 
@@ -61,13 +76,22 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
 pub(super) fn complete(
     requests: &mut Requests<'_>,
     backend: &mut impl Backend,
-    mut ended: impl FnMut(&PendingRequest),
+    ended: impl FnMut(&PendingRequest),
 ) {
-    backend.reap(|tag, status| {
+    backend.reap(recorder(requests, ended));
+}
+
+/// Returns the code that moves a request to that list when its I/O is done.
+#[inline]
+fn recorder<'r, 'q, F: FnMut(&PendingRequest)>(
+    requests: &'r mut Requests<'q>,
+    mut ended: F,
+) -> impl FnMut(QueueTag, ResponseStatus) + use<'r, 'q, F> {
+    move |tag, status| {
         // A completion of a request that the backend does not have is ignored.
         if let Some(handle) = requests.complete(tag, status) {
             ended(requests.of(&handle));
             requests.push_completed(handle);
         }
-    });
+    }
 }

@@ -65,10 +65,11 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
 
     fn answer_in_interrupt(&mut self) -> LentAnswers {
         self.clock.begin();
-        self.collect();
+        let left = self.collect_anywhere();
         let answered = self.answer_at_once();
         let requests = &self.requests;
-        let rest = self.ring.is_gone()
+        let rest = left
+            || self.ring.is_gone()
             || !requests.completed.is_empty()
             || !requests.taken.is_empty()
             || !requests.held.is_empty();

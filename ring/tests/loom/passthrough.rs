@@ -5,7 +5,7 @@
 //! for the I/O itself. The last is a race between a flag and a wake-up, which have no lock.
 
 use loom::sync::atomic::{fence, AtomicBool, Ordering};
-use loom::sync::{Arc, Condvar, Mutex, MutexGuard};
+use loom::sync::{Arc, Condvar, Mutex, MutexGuard, Notify};
 use loom::thread;
 use ring::numbers::DiskTag;
 use ring::response::ResponseStatus;
@@ -49,6 +49,9 @@ struct SharedDirect {
     resumable: AtomicBool,
     /// The queue's thread is awake or will wake.
     notified: AtomicBool,
+    /// The queue must give express up, and is woken for that.
+    withdrawn: AtomicBool,
+    express: Notify,
 }
 
 fn map() -> DiskMap {
@@ -85,6 +88,8 @@ impl SharedDirect {
             reused: AtomicBool::new(false),
             resumable: AtomicBool::new(false),
             notified: AtomicBool::new(false),
+            withdrawn: AtomicBool::new(false),
+            express: Notify::new(),
         })
     }
 
@@ -131,6 +136,10 @@ impl SharedDirect {
 
     /// Wakes the first queue if it can begin a request.
     fn announce(&self, disk: &mut DirectState) {
+        if disk.shadow.take_withdrawn() & 1 != 0 {
+            self.withdrawn.store(true, Ordering::Release);
+            self.express.notify();
+        }
         disk.shadow.sort();
         if disk.shadow.take_resumable() & 1 != 0 {
             self.resumable.store(true, Ordering::Release);
@@ -168,6 +177,17 @@ impl SharedDirect {
         if begun {
             assert_eq!(self.ended(0), Some(ResponseStatus::Okay));
         }
+    }
+
+    /// The queue gives express up as soon as it must.
+    fn leave_express(&self) {
+        while !self.withdrawn.load(Ordering::Acquire) {
+            self.express.wait();
+        }
+        let mut disk = self.lock();
+        disk.shadow.gave_up_express(0);
+        self.announce(&mut disk);
+        self.ready.notify_all();
     }
 
     /// The process recalls everything, and uses the place for other data.
@@ -240,6 +260,52 @@ fn what_was_taken_back_is_not_used() {
 #[should_panic(expected = "reuse")]
 fn planted_a_queue_that_says_too_late_what_it_executes_is_found() {
     loom::model(|| recall_against_execution(true));
+}
+
+/// A queue with express executes a request while the process recalls everything. A `careless` queue gives express up before
+/// its I/O has ended.
+fn recall_against_express(careless: bool) {
+    let shared = SharedDirect::mapped();
+    {
+        let (tag, mut disk) = (DiskTag::new(0), shared.lock());
+        disk.shadow.set_express_streak(1);
+        assert_eq!(disk.shadow.take_withdrawn(), 0);
+        assert_eq!(disk.shadow.post(tag, 0, &WRITE, 0), Ok(()));
+        let begun = disk.shadow.begin(tag, &mut RequestParts::default());
+        assert!(begun.is_some());
+        assert!(disk.shadow.ended(tag, ResponseStatus::Okay).is_some());
+        assert!(disk.shadow.offer_express(0).is_some());
+    }
+    let queue = shared.clone();
+    let queue = thread::spawn(move || {
+        if queue.withdrawn.load(Ordering::Relaxed) {
+            return queue.leave_express();
+        }
+        assert!(
+            !queue.reused.load(Ordering::Relaxed),
+            "begun in what is reused"
+        );
+        queue.used.store(true, Ordering::Relaxed);
+        if careless {
+            queue.leave_express();
+            return queue.finish_transfer();
+        }
+        queue.finish_transfer();
+        queue.leave_express();
+    });
+    shared.reuse();
+    queue.join().expect("the queue ends");
+}
+
+#[test]
+fn what_is_in_express_is_over_before_its_place_is_used_again() {
+    loom::model(|| recall_against_express(false));
+}
+
+#[test]
+#[should_panic(expected = "reuse")]
+fn planted_a_queue_that_gives_express_up_too_early_is_found() {
+    loom::model(|| recall_against_express(true));
 }
 
 /// The second of two requests waits for the first, and is begun or not while the process recalls everything.

@@ -90,11 +90,13 @@ impl Backend for FakeDisk {
     }
 
     fn reap_context(&self) -> ReapContext {
+        ReapContext::Any
+    }
+
+    fn reap_anywhere(&mut self, done: impl FnMut(QueueTag, ResponseStatus)) -> bool {
+        self.reap(done);
         // I/O that is given back is for the worker.
-        match self.machine.borrow().setup.gives_back {
-            0 => ReapContext::Any,
-            _ => ReapContext::Thread,
-        }
+        !self.machine.borrow().disk.back.is_empty()
     }
 
     fn prefers_mapped(&self, _kind: IoKind) -> bool {

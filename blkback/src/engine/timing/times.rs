@@ -41,6 +41,13 @@ impl Times {
         took.ns = took.ns.wrapping_sub(begun);
     }
 
+    /// Reports whether no I/O has ended.
+    #[inline]
+    pub(in crate::engine) fn is_empty(&self) -> bool {
+        let done = self.read.done | self.write.done | self.flush.done | self.discard.done;
+        done == 0
+    }
+
     /// Adds a batch of I/Os that have ended at the time `now`.
     pub(in crate::engine) fn add(&mut self, batch: &Times, now: u64) {
         let ours = [

@@ -656,8 +656,7 @@ pub mod ioctl {
     /// neither a block device nor a file on one that allows direct I/O. The kernel keeps the open file description, and
     /// with it its locks. Adding the same backing again does nothing.
     pub const BACKING_ADD: u32 = number::<BackingAdd>(WRITE, 0x03);
-    /// Control node: [`BackingRemove`]. The kernel begins no new I/O in it; `EBUSY` while earlier I/O uses it, so try
-    /// again.
+    /// Control node: [`BackingRemove`]. `EBUSY` while I/O uses it, or may begin for a moment, so try again.
     pub const BACKING_REMOVE: u32 = number::<BackingRemove>(WRITE, 0x04);
 
     /// Control node: fills a [`Mapped`] of the node that its `minor` names; `ENOENT` if there is none.

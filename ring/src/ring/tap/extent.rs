@@ -166,3 +166,46 @@ impl DataExtent {
         (touch && alike).then_some(Self { range, ..*first })
     }
 }
+
+/// An extent in a backing, as a queue uses it that needs no process for it (`shadow::express`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ExpressExtent {
+    range: Sectors,
+    /// First sector in the backing.
+    place: u64,
+    backing: BackingNumber,
+    access: ExtentAccess,
+    /// Sectors of a block of the backing: a power of two.
+    block: u32,
+}
+
+impl ExpressExtent {
+    /// Returns an extent whose backing has blocks of `block` sectors; `None` if it is zeroes or there is no such block.
+    pub(super) fn new(extent: &DataExtent, block: u32) -> Option<Self> {
+        let backing = extent.source.backing()?;
+        block.is_power_of_two().then_some(Self {
+            range: extent.range,
+            place: extent.place,
+            backing,
+            access: extent.access,
+            block,
+        })
+    }
+
+    /// Returns the backing.
+    pub fn backing(&self) -> BackingNumber {
+        self.backing
+    }
+
+    /// Returns the first sector of 512 bytes in the backing of `sectors` sectors of the disk; `None` if the extent does not
+    /// have all of them, in whole blocks, with this access.
+    #[inline]
+    pub fn place_of(&self, sector: u64, sectors: u64, access: ExtentAccess) -> Option<u64> {
+        let end = sector.checked_add(sectors)?;
+        let is_in = self.range.start() <= sector && sector < end && end <= self.range.end();
+        let may = access == ExtentAccess::Read || self.access == ExtentAccess::ReadWrite;
+        let part_of_block = (sector | end) & u64::from(self.block.wrapping_sub(1));
+        let skipped = sector.wrapping_sub(self.range.start());
+        (is_in && may && part_of_block == 0).then_some(self.place.wrapping_add(skipped))
+    }
+}

@@ -29,7 +29,9 @@ pub mod tree;
 use core::ops::DerefMut;
 
 use crate::ring::tap::abi;
-use crate::ring::tap::extent::{BackingNumber, DataExtent, ExtentAccess, Sectors, Source};
+use crate::ring::tap::extent::{
+    BackingNumber, DataExtent, ExpressExtent, ExtentAccess, Sectors, Source,
+};
 use recent::Recent;
 use tree::{Leaf, LeafSlot, Tree};
 
@@ -196,6 +198,13 @@ impl<S: DerefMut<Target = [LeafSlot]>, L: DerefMut<Target = [Leaf]>> ExtentMap<S
             position = self.tree.next(position);
         }
         Err(Miss::Pieces)
+    }
+
+    /// Returns the extent in which the last [`translate`](Self::translate) began, if it is in a backing.
+    pub fn last_used(&self) -> Option<ExpressExtent> {
+        let extent = self.tree.get_last()?;
+        let backing = self.backing(extent.source.backing()?)?;
+        ExpressExtent::new(extent, backing.block)
     }
 
     fn allow(&self, piece: &DataExtent, access: ExtentAccess) -> Result<(), Miss> {
@@ -370,6 +379,11 @@ impl<S: DerefMut<Target = [LeafSlot]>, L: DerefMut<Target = [Leaf]>> ExtentMap<S
     /// Returns true if the disk has a backing of this number.
     pub fn has_backing(&self, number: BackingNumber) -> bool {
         self.backing(number).is_some()
+    }
+
+    /// Returns the size of a backing in sectors of 512 bytes, if the disk has it.
+    pub fn backing_sectors(&self, number: BackingNumber) -> Option<u64> {
+        Some(self.backing(number)?.sectors)
     }
 
     /// Returns one bit for each backing.

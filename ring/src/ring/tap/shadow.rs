@@ -37,6 +37,7 @@
 //! that they name or release, and for each that enters the index over ranges, which happens once at most.
 
 mod ending;
+pub mod express;
 mod isolation;
 mod order;
 pub mod passthrough;
@@ -51,6 +52,7 @@ use crate::ring::tap::map::Miss;
 use crate::ring::tap::overlap::Overlap;
 use crate::ring::tap::table::{next, Link, ListNode, Suspicion, TagEntry, TagList, TagState};
 use ending::Settling;
+use express::ExpressQueues;
 use isolation::Isolation;
 use passthrough::{Executed, MapLookup, NoMap};
 
@@ -231,6 +233,7 @@ pub struct Shadow<S, M = NoMap> {
     isolation: Isolation,
     map: M,
     executed: Executed,
+    express: ExpressQueues,
 }
 
 impl<S: DerefMut<Target = [TagEntry]>> Shadow<S> {
@@ -272,6 +275,7 @@ impl<S: DerefMut<Target = [TagEntry]>, M: MapLookup> Shadow<S, M> {
             isolation: Isolation::default(),
             map,
             executed: Executed::default(),
+            express: ExpressQueues::default(),
         }
     }
 
@@ -395,7 +399,7 @@ impl<S: DerefMut<Target = [TagEntry]>, M: MapLookup> Shadow<S, M> {
             return Err(StartError::Lacks(self.lacking));
         }
         // Mappings of the previous process do not count for this one.
-        self.map.clear();
+        self.map().clear();
         self.phase = Phase::Live;
         Ok(self.judge())
     }
@@ -619,6 +623,7 @@ impl<S: DerefMut<Target = [TagEntry]>, M: MapLookup> Shadow<S, M> {
 impl<S: DerefMut<Target = [TagEntry]>, M: MapLookup> Shadow<S, M> {
     /// Turns a pending request into a delivered one.
     fn hand_out(&mut self, tag: DiskTag, now: u64) -> Option<abi::Desc> {
+        self.express.needed_a_process();
         self.unlist(tag);
         self.note_change(tag);
         let entry = self.get_mut(tag)?;

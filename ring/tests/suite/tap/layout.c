@@ -162,6 +162,7 @@ void layout(void)
 	FIELD(mapped, evicted);
 	FIELD(mapped, refused);
 	FIELD(mapped, recalled);
+	FIELD(mapped, express);
 	FIELD(mapped, reserved);
 
 	NUMBER(VERSION);

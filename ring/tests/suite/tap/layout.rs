@@ -130,7 +130,9 @@ fn ours() -> BTreeMap<String, i64> {
         reserved
     );
     structure!(all, backing_remove, BackingRemove, minor, number, reserved);
-    structure!(all, mapped, Mapped, minor, room, missed, evicted, refused, recalled, reserved);
+    structure!(
+        all, mapped, Mapped, minor, room, missed, evicted, refused, recalled, express, reserved
+    );
     numbers!(
         all,
         abi,

@@ -3,6 +3,7 @@
 //! Requests that a queue executes without the process, one rule at a time.
 
 mod begin;
+mod express;
 mod given_back;
 mod known;
 mod mapped;

@@ -9,7 +9,7 @@ use ring::response::ResponseStatus;
 use ring::tap::shadow::{Op, PostedRequest};
 
 use super::image::{SimImage, CLUSTER, SECTORS};
-use super::{MappedScene, ABLE, UNABLE};
+use super::{MappedScene, ABLE, CALM, UNABLE};
 use crate::history::{value, DiskHistory, ZERO};
 
 /// A request without an answer.
@@ -134,14 +134,18 @@ impl MappedGuest {
 impl MappedScene {
     /// Posts a request, if the guest has a free tag for it.
     pub(super) fn post(&mut self) {
-        let queue = u16::from(self.rng.percent(25));
+        let is_calm = self.plan.calm > 0 && self.rng.percent(self.plan.calm);
+        let queue = u16::from(!is_calm && self.rng.percent(25));
         let mut tags = if queue == 0 { ABLE } else { UNABLE };
         let free = tags.find(|tag| !self.guest.uses(*tag));
         let Some(tag) = free.filter(|_| self.guest.left > 0) else {
             return;
         };
         self.guest.left -= 1;
-        let request = self.request();
+        let request = match is_calm {
+            true => self.calm_request(),
+            false => self.request(),
+        };
         let plain = matches!(request.op, Op::Read | Op::Write);
         let is_mapped = queue == 0 && plain && self.rng.percent(self.plan.mapped);
         let posted = self.guest.issue(&request, is_mapped);
@@ -167,6 +171,9 @@ impl MappedScene {
     fn arrive(&mut self, tag: u16, queue: u16, posted: Posted) {
         let (request, is_mapped) = (posted.request, posted.is_mapped);
         self.guest.posted.insert(tag, posted);
+        if is_mapped && self.begin_in_express(tag, &request) {
+            return;
+        }
         if !self.begin_beside(tag, queue, &request) {
             let taken = self.shadow.post(DiskTag::new(tag), queue, &request, 0);
             assert_eq!(taken, Ok(()), "tag {tag}");
@@ -184,6 +191,19 @@ impl MappedScene {
         match self.guest.posted.remove(&tag) {
             Some(posted) => self.guest.given_back.push((tag, posted)),
             None => self.problem(format!("tag {tag} is given back and has no request")),
+        }
+    }
+
+    /// Returns a request that needs no process as soon as its cluster is mapped.
+    fn calm_request(&mut self) -> PostedRequest {
+        let sector = self.rng.below(CALM * CLUSTER);
+        PostedRequest {
+            op: self.rng.pick(&[Op::Read, Op::Write]),
+            preflush: false,
+            fua: false,
+            sector,
+            sectors: self.rng.pick(&[1, 1, 2]).min(CALM * CLUSTER - sector),
+            segments: 1,
         }
     }
 

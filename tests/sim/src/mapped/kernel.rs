@@ -5,7 +5,7 @@
 use ring::numbers::DiskTag;
 use ring::response::ResponseStatus;
 use ring::tap::abi::OP_READ;
-use ring::tap::extent::{DataExtent, ExtentAccess, Sectors, Source};
+use ring::tap::extent::{DataExtent, ExpressExtent, ExtentAccess, Sectors, Source};
 use ring::tap::shadow::passthrough::{RequestPart, RequestParts, Start, MAX_PARTS};
 use ring::tap::shadow::{Op, PostedRequest};
 
@@ -17,11 +17,30 @@ use super::{MappedFault, MappedScene};
 pub(super) struct RunningRequest {
     pub(super) tag: u16,
     pub(super) range: Sectors,
-    /// The shadow does not know of the request: a planted fault.
-    pub(super) beside: bool,
+    pub(super) way: RequestWay,
     /// Many other steps happen during its execution.
     is_slow: bool,
     work: RequestWork,
+}
+
+/// Way in which a request was begun.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum RequestWay {
+    /// The shadow gave it to the queue.
+    Shadow,
+    /// The shadow does not know of it, because the queue has express.
+    Express,
+    /// The shadow does not know of it: a planted fault.
+    Beside,
+}
+
+/// The queue's express.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct SimExpress {
+    /// Present while the queue has it.
+    extent: Option<ExpressExtent>,
+    /// The queue must give it up.
+    is_withdrawn: bool,
 }
 
 #[derive(Clone, Debug)]
@@ -40,7 +59,62 @@ impl MappedScene {
         let mut parts = RequestParts::default();
         if let Some(start) = self.shadow.begin(DiskTag::new(tag), &mut parts) {
             self.run(tag, &start, parts.as_slice());
+            self.take_express();
         }
+    }
+
+    fn take_express(&mut self) {
+        if self.express.extent.is_none() {
+            self.express.extent = self.shadow.offer_express(0);
+        }
+    }
+
+    /// Notes that the queue must give express up.
+    pub(super) fn withdraw_express(&mut self) {
+        self.express.is_withdrawn |= self.shadow.take_withdrawn() & 1 != 0;
+    }
+
+    /// Begins a request without the shadow, if the queue has express and its extent has the request.
+    pub(super) fn begin_in_express(&mut self, tag: u16, request: &PostedRequest) -> bool {
+        let extent = self.express.extent.filter(|_| !self.express.is_withdrawn);
+        let access = match request.op {
+            Op::Read => ExtentAccess::Read,
+            Op::Write => ExtentAccess::ReadWrite,
+            _ => return false,
+        };
+        let place = extent.and_then(|extent| {
+            // CAST: the number of one of a few backings.
+            let store = extent.backing().index() as u16;
+            let place = extent.place_of(request.sector, request.sectors, access)?;
+            Some((store, place))
+        });
+        let Some((store, place)) = place else {
+            return false;
+        };
+        let left = (0..request.sectors).map(|at| (Some((store, place + at)), at as usize));
+        let work = RequestWork::Transfer {
+            reads: request.op == Op::Read,
+            left: left.collect(),
+        };
+        self.counts.begun_in_express += 1;
+        self.push(tag, request, RequestWay::Express, work);
+        true
+    }
+
+    /// Gives express up, in the thread of the queue, if it must and no request is left in it.
+    fn give_up_express(&mut self) {
+        let is_left = |running: &RunningRequest| running.way == RequestWay::Express;
+        let is_busy = self.running.iter().any(is_left) && !self.commits(MappedFault::LeaveEarly);
+        if !self.express.is_withdrawn || is_busy {
+            return;
+        }
+        self.counts.left_express += 1;
+        self.shadow.gave_up_express(0);
+        self.express.is_withdrawn = false;
+        if !self.commits(MappedFault::KeepExtent) {
+            self.express.extent = None;
+        }
+        self.announce();
     }
 
     /// Begins a request whose data is in pages of the guest; takes it back if it cannot be begun.
@@ -58,6 +132,7 @@ impl MappedScene {
             Some(start) => {
                 self.counts.begun_mapped += 1;
                 self.run(tag, &start, parts.as_slice());
+                self.take_express();
             }
             None => {
                 self.counts.taken_back += 1;
@@ -68,6 +143,7 @@ impl MappedScene {
 
     /// Resumes requests in the thread of the queue, after a wake-up.
     pub(super) fn resume(&mut self) {
+        self.give_up_express();
         if !std::mem::replace(&mut self.told, false) {
             return;
         }
@@ -101,15 +177,15 @@ impl MappedScene {
                 left: left.collect(),
             },
         };
-        self.push(tag, &request, false, work);
+        self.push(tag, &request, RequestWay::Shadow, work);
     }
 
-    fn push(&mut self, tag: u16, request: &PostedRequest, beside: bool, work: RequestWork) {
+    fn push(&mut self, tag: u16, request: &PostedRequest, way: RequestWay, work: RequestWork) {
         let is_slow = self.rng.percent(self.plan.slow);
         self.running.push(RunningRequest {
             tag,
             range: range(request),
-            beside,
+            way,
             is_slow,
             work,
         });
@@ -128,7 +204,7 @@ impl MappedScene {
         let Some(work) = work else {
             return false;
         };
-        self.push(tag, request, true, work);
+        self.push(tag, request, RequestWay::Beside, work);
         true
     }
 
@@ -218,7 +294,7 @@ impl MappedScene {
         let is_flush = matches!(running.work, RequestWork::Flush(_));
         self.counts.flushed += u64::from(is_flush);
         self.counts.executed += 1;
-        if running.beside {
+        if running.way == RequestWay::Beside {
             return self.answer(running.tag, ResponseStatus::Okay);
         }
         let fails = !is_flush && self.rng.percent(self.plan.failing);
@@ -227,6 +303,13 @@ impl MappedScene {
         } else {
             ResponseStatus::Okay
         };
+        if running.way == RequestWay::Express {
+            self.counts.failed_mapped += u64::from(fails);
+            return match fails {
+                true => self.give_back(running.tag),
+                false => self.answer(running.tag, status),
+            };
+        }
         let tag = DiskTag::new(running.tag);
         let is_mapped = self.shadow.is_mapped(tag);
         let ended = self.shadow.ended(tag, status);

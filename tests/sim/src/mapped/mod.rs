@@ -24,11 +24,13 @@ use ring::tap::table::TagEntry;
 use crate::rng::Rng;
 use guest::MappedGuest;
 use image::{SimImage, BASE, CLUSTERS, FIRST, SECOND, SECTORS};
-use kernel::RunningRequest;
+use kernel::{RequestWay, RunningRequest, SimExpress};
 use process::MappedProcess;
 
 /// Clusters with most of the requests, moves and lookups.
 const HOT: u64 = 6;
+/// Clusters of calm requests.
+const CALM: u64 = 2;
 /// Tags of the queue that executes mapped requests; the other queue executes none.
 const ABLE: std::ops::Range<u16> = 0..8;
 const UNABLE: std::ops::Range<u16> = 8..11;
@@ -58,6 +60,10 @@ pub enum MappedFault {
     FlushOne,
     /// The process gets a failed request whose data is in mapped pages, as if the data were in the arena.
     ServeMapped,
+    /// A queue gives express up while it executes requests in it.
+    LeaveEarly,
+    /// A queue begins requests in express after it has given that up.
+    KeepExtent,
 }
 
 /// Plan of a case; chances are in a hundred.
@@ -83,6 +89,10 @@ pub struct MappedPlan {
     pub slow: u64,
     /// Chance that the process lies.
     pub lies: u64,
+    /// Requests in a row that need no process before the queue gets express.
+    pub streak: u32,
+    /// Chance that a request is a read or write of a few clusters by the queue that executes requests.
+    pub calm: u64,
 }
 
 impl Default for MappedPlan {
@@ -98,6 +108,8 @@ impl Default for MappedPlan {
             failing: 5,
             slow: 10,
             lies: 0,
+            streak: u32::MAX,
+            calm: 0,
         }
     }
 }
@@ -139,6 +151,10 @@ pub struct MappedCounts {
     pub synced: u64,
     /// Extents that were forgotten for lack of room.
     pub evicted: u64,
+    /// Requests that were begun in express.
+    pub begun_in_express: u64,
+    /// Times that the queue gave express up.
+    pub left_express: u64,
 }
 
 impl MappedCounts {
@@ -161,6 +177,8 @@ impl MappedCounts {
         self.flushed += other.flushed;
         self.synced += other.synced;
         self.evicted += other.evicted;
+        self.begun_in_express += other.begun_in_express;
+        self.left_express += other.left_express;
     }
 }
 
@@ -176,6 +194,7 @@ struct MappedScene {
     running: Vec<RunningRequest>,
     /// The queue was woken to begin a request.
     told: bool,
+    express: SimExpress,
     process: Option<MappedProcess>,
     deaths: u32,
     problems: Vec<String>,
@@ -196,7 +215,7 @@ pub fn run_mapped(
         scene.step();
     }
     scene.judge_the_end();
-    scene.counts.evicted = scene.map().evicted();
+    scene.counts.evicted = scene.map_seen().evicted();
     (scene.problems, scene.counts)
 }
 
@@ -212,6 +231,7 @@ impl MappedScene {
         let tags = usize::from(UNABLE.end);
         let mut shadow = Shadow::with_map(vec![TagEntry::FREE; tags], Some(Box::new(map)));
         shadow.set_able(0, true);
+        shadow.set_express_streak(plan.streak);
         let image = SimImage::new(plan.base);
         let mut scene = Self {
             rng: Rng::new(seed),
@@ -222,6 +242,7 @@ impl MappedScene {
             image,
             running: Vec::new(),
             told: false,
+            express: SimExpress::default(),
             process: None,
             deaths: plan.deaths,
             problems: Vec::new(),
@@ -248,6 +269,10 @@ impl MappedScene {
         self.shadow.map().as_mut().expect("it has one")
     }
 
+    fn map_seen(&self) -> &ExtentMap<Vec<LeafSlot>, Vec<Leaf>> {
+        self.shadow.map_seen().as_ref().expect("it has one")
+    }
+
     fn cluster(&mut self) -> u64 {
         let most = if self.rng.percent(75) { HOT } else { CLUSTERS };
         self.rng.below(most)
@@ -263,7 +288,7 @@ impl MappedScene {
 
     /// Makes a change that the map must not learn of, if the fault is planted.
     fn unnoticed<T>(&mut self, fault: MappedFault, change: impl FnOnce(&mut Self) -> T) -> T {
-        let before = self.commits(fault).then(|| self.shadow.map().clone());
+        let before = self.commits(fault).then(|| self.shadow.map_seen().clone());
         let result = change(self);
         if let Some(before) = before {
             *self.shadow.map() = before;
@@ -273,6 +298,7 @@ impl MappedScene {
 
     /// Wakes the queue after a change of waiting requests or of the map.
     fn announce(&mut self) {
+        self.withdraw_express();
         self.shadow.sort();
         self.told |= self.shadow.take_resumable() & 1 != 0;
     }
@@ -294,7 +320,7 @@ impl MappedScene {
     }
 
     fn grow(&mut self) {
-        if !self.map().has_backing(number(SECOND)) {
+        if !self.map_seen().has_backing(number(SECOND)) {
             self.add_backing(SECOND);
         }
     }
@@ -338,7 +364,8 @@ impl MappedScene {
         let failed = self.unnoticed(MappedFault::ForgetChanges, |scene| scene.shadow.quiet(0));
         assert_eq!(failed.map(|failed| failed.count), Some(0), "all is local");
         if self.commits(MappedFault::GiveAway) {
-            for running in &self.running {
+            let of_shadow = |running: &&RunningRequest| running.way == RequestWay::Shadow;
+            for running in self.running.iter().filter(of_shadow) {
                 let _given = self
                     .shadow
                     .ended(DiskTag::new(running.tag), ResponseStatus::Error);
@@ -349,8 +376,9 @@ impl MappedScene {
 
     /// Returns true if a request that overlaps a range is being executed.
     fn is_executing(&self, range: &Sectors) -> bool {
-        let beside =
-            |running: &RunningRequest| running.beside && running.range.common(range).is_some();
+        let beside = |running: &RunningRequest| {
+            running.way == RequestWay::Beside && running.range.common(range).is_some()
+        };
         self.shadow.is_executing(range) || self.running.iter().any(beside)
     }
 

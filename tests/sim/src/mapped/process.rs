@@ -111,7 +111,8 @@ impl MappedScene {
         let beside = self.server().beside();
         match self.rng.below(100) {
             0..15 => self.fetch(),
-            15..25 if beside < BESIDE => self.look(),
+            // A look changes the map, and a calm disk has some time without changes.
+            15..25 if beside < BESIDE && !self.rng.percent(self.plan.calm) => self.look(),
             25..30 if beside < BESIDE && self.rng.percent(self.plan.moves) => self.begin_move(),
             30..34 if self.rng.percent(self.plan.lies) => self.lie(),
             _ => self.step_job(),
@@ -121,7 +122,7 @@ impl MappedScene {
     /// Lets the process learn of changes that it did not cause.
     fn look_around(&mut self) {
         let executes = self.is_executing(&Sectors::ALL);
-        let has_second = self.map().has_backing(number(SECOND));
+        let has_second = self.map_seen().has_backing(number(SECOND));
         let free = self.image.free(SECOND);
         let server = self.server();
         server.is_settled |= !executes;
@@ -296,7 +297,7 @@ impl MappedScene {
         }
         if self.commits(MappedFault::TellEarly) && !self.rng.percent(2) {
             if !std::mem::replace(&mut copy.is_told, true) {
-                let generation = self.map().generation();
+                let generation = self.map_seen().generation();
                 self.tell(generation, vec![(cluster, Some(copy.to))]);
             }
             return (at, Some(copy));
@@ -370,7 +371,7 @@ impl MappedScene {
 
     /// Looks up the places of some clusters; the kernel gets them later.
     fn look(&mut self) {
-        let generation = self.map().generation();
+        let generation = self.map_seen().generation();
         let first = self.cluster();
         let mut found = Vec::new();
         for cluster in first..(first + 4).min(CLUSTERS) {
@@ -406,7 +407,7 @@ impl MappedScene {
     }
 
     fn say(&mut self, extent: &DataExtent, generation: u32) {
-        let now = self.map().generation();
+        let now = self.map_seen().generation();
         let ignores = self.commits(MappedFault::IgnoreGeneration);
         let taken = self
             .map()
@@ -441,7 +442,7 @@ impl MappedScene {
                 ExtentAccess::ReadWrite,
             ]),
         };
-        let generation = self.map().generation();
+        let generation = self.map_seen().generation();
         let ago = self.rng.pick(&[0, 0, 1, 100]);
         self.say(&extent, generation.wrapping_sub(ago));
     }

@@ -311,7 +311,7 @@ fn without_a_fault_nothing_is_reported() {
 fn io_that_is_never_given_back_is_found() {
     let fault = MachineFault::LoseGivenBack;
     let words = ["asleep", "never answered"];
-    negative::must_find(&fault, CASES * 3 / 4, &words, |seed| {
+    negative::must_find(&fault, CASES * 2 / 3, &words, |seed| {
         problems(&loaded(), seed, Some(fault))
     });
 }

@@ -98,6 +98,21 @@ fn what_has_its_data_mapped_is_begun_at_once_or_posted_anew() {
 }
 
 #[test]
+fn what_is_in_express_is_over_before_a_process_has_anything() {
+    let plan = MappedPlan {
+        mapped: 90,
+        failing: 10,
+        streak: 1,
+        calm: 90,
+        ..MappedPlan::default()
+    };
+    run(&plan, |sum, cases| {
+        let enough = sum.begun_in_express > 3 * cases && sum.left_express > cases;
+        enough && sum.deaths > cases / 4 && sum.moved > cases && sum.served > 5 * cases
+    });
+}
+
+#[test]
 fn who_lies_harms_his_own_disk_alone() {
     let plan = MappedPlan {
         lies: 90,

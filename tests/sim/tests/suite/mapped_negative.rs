@@ -46,9 +46,26 @@ fn growing() -> MappedPlan {
     }
 }
 
+fn in_express() -> MappedPlan {
+    MappedPlan {
+        mapped: 90,
+        slow: 40,
+        streak: 1,
+        calm: 90,
+        ..MappedPlan::default()
+    }
+}
+
 #[test]
 fn without_a_fault_nothing_is_reported() {
-    for plan in [MappedPlan::default(), moving(), dying(), growing()] {
+    let plans = [
+        MappedPlan::default(),
+        moving(),
+        dying(),
+        growing(),
+        in_express(),
+    ];
+    for plan in plans {
         let (found, reports) = found(&plan, None);
         assert_eq!(found, 0, "{reports:#?}");
     }
@@ -108,6 +125,26 @@ fn a_process_that_gets_what_has_its_data_mapped_is_found() {
         };
         must_find(plan, MappedFault::ServeMapped, CASES / 2, UNEXPLAINED);
     }
+}
+
+#[test]
+fn a_queue_that_gives_express_up_too_early_is_found() {
+    must_find(
+        in_express(),
+        MappedFault::LeaveEarly,
+        CASES / 12,
+        UNEXPLAINED,
+    );
+}
+
+#[test]
+fn a_queue_that_keeps_the_extent_of_its_express_is_found() {
+    must_find(
+        in_express(),
+        MappedFault::KeepExtent,
+        CASES / 12,
+        UNEXPLAINED,
+    );
 }
 
 #[test]

@@ -114,8 +114,10 @@ struct IoRecord {
     /// The first error as `blk_status_t`, or 0; 0 between two I/Os.
     status: Atomic<u32>,
     /// Set from the beginning of an I/O until its completion is reaped. Only the thread that has the disk looks, or a
-    /// borrower in its place.
+    /// borrower in its place. So it is for `is_own`.
     taken: Cell<bool>,
+    /// The I/O goes to the disk's own device.
+    is_own: Cell<bool>,
     tag: QueueTag,
     owner: *const BioDisk,
     /// Target of the I/O; `None` for the disk's own device. Belongs to the code that has taken the record, which does
@@ -135,12 +137,14 @@ struct IoRecord {
 /// - `busy` is the number of records that an [`Inflight`] or a bio can still touch.
 /// - A record is `taken` from [`BioDisk::begin`] until its completion is reaped, so no other code touches it. All that
 ///   time its bios go to its storage, or without one to `device`.
+/// - `own` is the number of records that are taken and whose I/O `is_own`: `device` changes only while it is 0.
 #[pin_data(PinnedDrop)]
 pub(crate) struct BioDisk {
     pages: Arc<DataPages>,
     wake_event: Arc<WakeEvent>,
     /// Destination of all I/O without another one.
-    device: Option<Arc<BlockDevice>>,
+    device: UnsafeCell<Option<Arc<BlockDevice>>>,
+    own: Cell<u16>,
     #[pin]
     set: Opaque<bindings::bio_set>,
     records: KVVec<IoRecord>,
@@ -150,8 +154,8 @@ pub(crate) struct BioDisk {
 }
 
 // SAFETY: What completions touch on other processors is atomic: a record's `pending` and `status`, and `done`, `wake_event`
-// and `busy`. All else of a record belongs to the one thread that has the disk, or to whom it lends that while it waits, or
-// to its bios. (It is not `Sync`: two threads could begin I/O of one tag.)
+// and `busy`. All else of a record, `device` and `own` belong to the one thread that has the disk, or to whom it lends that
+// while it waits, or to its bios. (It is not `Sync`: two threads could begin I/O of one tag.)
 unsafe impl Send for BioDisk {}
 
 impl BioDisk {
@@ -169,6 +173,7 @@ impl BioDisk {
                 pending: Atomic::new(0),
                 status: Atomic::new(0),
                 taken: Cell::new(false),
+                is_own: Cell::new(false),
                 tag,
                 owner: core::ptr::null(),
                 storage: UnsafeCell::new(None),
@@ -186,7 +191,8 @@ impl BioDisk {
             try_pin_init!(&this in Self {
                 pages,
                 wake_event,
-                device,
+                device: UnsafeCell::new(device),
+                own: Cell::new(0),
                 set <- Opaque::try_ffi_init(|slot: *mut bindings::bio_set| {
                     // SAFETY: `slot` is valid for writes. `bioset_init` relies on zeroes for the
                     // fields that it does not need.
@@ -231,11 +237,34 @@ impl BioDisk {
         storage: Option<DiskStorage>,
     ) -> Option<Inflight<'_>> {
         let (device, most) = match &storage {
-            None => (self.device.as_ref()?.as_raw(), None),
+            None => return self.begin_own(tag),
             Some(DiskStorage::Device(device)) => (device.as_raw(), None),
             Some(DiskStorage::File(file)) => (core::ptr::null_mut(), file.most()),
         };
         self.begin_at(tag, storage, device, most)
+    }
+
+    fn begin_own(&self, tag: QueueTag) -> Option<Inflight<'_>> {
+        // SAFETY: The device changes in `set_device` only, by this thread or the one to which it has lent the disk.
+        let device = unsafe { (*self.device.get()).as_ref() }?.as_raw();
+        let inflight = self.begin_at(tag, None, device, None)?;
+        inflight.record.is_own.set(true);
+        // INVARIANT: The record is taken until `reap` takes it off.
+        self.own.set(self.own.get().wrapping_add(1));
+        Some(inflight)
+    }
+
+    /// Sets the device to which I/O goes that names no storage, and returns the last one. Fails with the new one while such I/O
+    /// is in flight or not reaped.
+    pub(crate) fn set_device(
+        &self,
+        device: Option<Arc<BlockDevice>>,
+    ) -> Result<Option<Arc<BlockDevice>>, Option<Arc<BlockDevice>>> {
+        if self.own.get() > 0 {
+            return Err(device);
+        }
+        // SAFETY: No I/O uses it, and no other thread looks at it. No reference to it is kept.
+        Ok(unsafe { core::mem::replace(&mut *self.device.get(), device) })
     }
 
     /// Begins an I/O without a target, because all of it reads as zeroes.
@@ -276,8 +305,9 @@ impl BioDisk {
         self.wake_event.rearm();
     }
 
-    /// Yields every I/O that has completed, once. Callable in any context if no I/O has a storage of its own.
-    pub(crate) fn reap(&self, mut done: impl FnMut(QueueTag, u32)) {
+    /// Yields every I/O that has completed, once, with its status, and true if it went to the disk's own device. Callable in any
+    /// context if all I/O does.
+    pub(crate) fn reap(&self, mut done: impl FnMut(QueueTag, u32, bool)) {
         for (index, word) in self.done.iter().enumerate() {
             if word.load(Relaxed) == 0 {
                 continue;
@@ -297,8 +327,10 @@ impl BioDisk {
                     let storage = unsafe { (*record.storage.get()).take() };
                     // Its bios are gone, and the last of them has seen to its bit.
                     record.taken.set(false);
+                    let is_own = record.is_own.replace(false);
+                    self.own.set(self.own.get().wrapping_sub(is_own.into()));
                     drop(storage);
-                    done(record.tag, status);
+                    done(record.tag, status, is_own);
                 }
             }
         }

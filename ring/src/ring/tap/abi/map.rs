@@ -159,8 +159,10 @@ pub struct Mapped {
     pub refused: u64,
     /// Out: [`MAP_RECALL`]s.
     pub recalled: u64,
+    /// Out: requests of the connected frontend that its queues executed without the lock of the disk.
+    pub express: u64,
     /// Zero.
-    pub reserved: [u64; 4],
+    pub reserved: [u64; 3],
 }
 
 /// The kernel may write it.

@@ -161,6 +161,11 @@ impl<S: DerefMut<Target = [LeafSlot]>, L: DerefMut<Target = [Leaf]>> Tree<S, L> 
         self.last
     }
 
+    /// Returns the extent that was found last by [`find_again`](Self::find_again), if it is still there.
+    pub(super) fn get_last(&self) -> Option<&DataExtent> {
+        self.get(self.last)
+    }
+
     /// Returns the position behind that of an extent.
     pub(super) fn next(&self, position: Position) -> Position {
         self.proper(Position {

@@ -147,9 +147,10 @@ impl<S: DerefMut<Target = [TagEntry]>, M: MapLookup> Shadow<S, M> {
         may
     }
 
-    /// Returns false if the process must first answer the request that it has.
+    /// Returns false if the process must first answer the request that it has, or while a queue may be executing some of
+    /// which the shadow does not know.
     pub(super) fn may_deliver(&self) -> bool {
-        self.isolation.isolated == 0 || self.held == 0
+        !self.has_express() && (self.isolation.isolated == 0 || self.held == 0)
     }
 
     /// Counts the last death, fails the request that is the reason for it if that is known, and isolates those that may

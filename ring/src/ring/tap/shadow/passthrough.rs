@@ -24,7 +24,8 @@
 //! - When the process gets a write or a discard, and when it answers or dies, the map of that range may become wrong
 //!   (see [`ExtentMap`]). So the shadow updates the map both times.
 //! - The thread of its queue begins a request and ends it. The death of a process does not affect it; the start of the
-//!   next one clears the map, so nothing more is begun.
+//!   next one clears the map, so nothing more is begun. (A queue in express may begin more until it has given that up, for
+//!   which the process's requests and recalls wait: `express`.)
 //! - If a request fails, its effect is unknown, so the process gets it as a replay and answers it. It arrives anew, so
 //!   that it waits for requests that queues execute by then, because the process must not move data under them. A
 //!   failed flush is answered as failed, because a retry could succeed over lost data.
@@ -39,7 +40,7 @@ use super::{Shadow, STEPS};
 use crate::ring::numbers::DiskTag;
 use crate::ring::response::ResponseStatus;
 use crate::ring::tap::abi;
-use crate::ring::tap::extent::{BackingNumber, DataExtent, ExtentAccess, Sectors};
+use crate::ring::tap::extent::{BackingNumber, DataExtent, ExpressExtent, ExtentAccess, Sectors};
 use crate::ring::tap::map::tree::{Leaf, LeafSlot};
 use crate::ring::tap::map::{ExtentMap, Miss};
 use crate::ring::tap::overlap::writes;
@@ -116,6 +117,9 @@ pub trait MapLookup {
     /// Returns the backing that a flush of the disk flushes.
     fn flush(&self) -> Option<BackingNumber>;
 
+    /// Returns the extent in which the last range was found, if it is in a backing.
+    fn last_used(&self) -> Option<ExpressExtent>;
+
     /// Records that the process gets a request that changes the range, or answers it.
     fn changed(&mut self, op: u8, range: &Sectors);
 
@@ -142,6 +146,10 @@ impl MapLookup for NoMap {
     }
 
     fn flush(&self) -> Option<BackingNumber> {
+        None
+    }
+
+    fn last_used(&self) -> Option<ExpressExtent> {
         None
     }
 
@@ -186,6 +194,10 @@ where
 
     fn flush(&self) -> Option<BackingNumber> {
         self.as_ref()?.flushed()
+    }
+
+    fn last_used(&self) -> Option<ExpressExtent> {
+        self.as_ref()?.last_used()
     }
 
     fn changed(&mut self, op: u8, range: &Sectors) {
@@ -249,9 +261,15 @@ impl Executed {
 
 /// Calls of the queues, and of ioctls that change the map.
 impl<S: DerefMut<Target = [TagEntry]>, M: MapLookup> Shadow<S, M> {
-    /// Returns the map.
+    /// Returns the map, to be changed.
     pub fn map(&mut self) -> &mut M {
+        self.express.map_changes();
         &mut self.map
+    }
+
+    /// Returns the map, for a look.
+    pub fn map_seen(&self) -> &M {
+        &self.map
     }
 
     /// Sets whether a queue can execute requests; at first none can.
@@ -386,17 +404,25 @@ impl<S: DerefMut<Target = [TagEntry]>, M: MapLookup> Shadow<S, M> {
         self.executed.missed
     }
 
-    /// Returns true if a request is executed in this backing.
+    /// Returns true if a request is executed in this backing, or may be in express.
     pub fn is_executing_in(&self, backing: BackingNumber) -> bool {
         let now = self.executed.now.get(backing.index());
-        now.is_some_and(|now| *now > 0)
+        self.has_express() || now.is_some_and(|now| *now > 0)
     }
 
-    /// Returns true if a request is executed that overlaps the range. Looks at every request.
+    /// Counts requests that a queue has executed in express.
+    pub fn count_express(&mut self, done: u64) {
+        self.executed.done = self.executed.done.wrapping_add(done);
+    }
+
+    /// Returns true if a request is executed that overlaps the range, or may be in express. Looks at every request.
     ///
     /// A flush has no range: it overlaps only the whole disk, after whose recall none is begun. If a flush overlapped
     /// all ranges, a guest could keep one executing at any time.
     pub fn is_executing(&self, range: &Sectors) -> bool {
+        if self.has_express() {
+            return true;
+        }
         let mut at = self.order.first().filter(|_| self.executing() > 0);
         while let Some(node) = at {
             at = next(&self.entries, node);
@@ -431,6 +457,7 @@ impl<S: DerefMut<Target = [TagEntry]>, M: MapLookup> Shadow<S, M> {
             segments: entry.segments,
         };
         self.executed.count(number, 1);
+        self.express.needed_no_process();
         Some(start)
     }
 
@@ -450,9 +477,8 @@ impl<S: DerefMut<Target = [TagEntry]>, M: MapLookup> Shadow<S, M> {
         parts: &mut RequestParts,
     ) -> Result<Option<BackingNumber>, Miss> {
         let fresh = |e: &&TagEntry| e.flags == 0 && e.deliveries == 0;
-        let able = |e: &&TagEntry| self.executed.able & bit(e.queue) != 0;
         let entry = self.get(tag).filter(fresh).ok_or(Miss::Never)?;
-        if !able(&entry) {
+        if !self.is_able(entry.queue) {
             return Err(Miss::Queue);
         }
         let range = Sectors::between(entry.sector, entry.end);
@@ -488,8 +514,14 @@ impl<S: DerefMut<Target = [TagEntry]>, M: MapLookup> Shadow<S, M> {
         true
     }
 
+    /// Returns true if a queue can execute requests.
+    pub(super) fn is_able(&self, queue: u16) -> bool {
+        self.executed.able & bit(queue) != 0
+    }
+
     /// Assigns a waiting request that nothing blocks to the process.
     fn miss(&mut self, tag: DiskTag) {
+        self.express.needed_a_process();
         self.unlist(tag);
         if let Some(entry) = self.get_mut(tag) {
             entry.state = TagState::Missed;
