@@ -24,6 +24,7 @@ use std::fs::File;
 use std::io::ErrorKind;
 use std::os::fd::AsFd;
 use std::time::Duration;
+use tapdev::control::Control;
 
 /// Time limit for quick events in an emulated machine.
 const SOON: Duration = Duration::from_secs(60);
@@ -40,6 +41,12 @@ pub(super) fn cases() -> Vec<Case> {
             "the kernel serves a device behind a tap disk: verified, flushed, discarded",
             Pv,
             |context| serves(context, MappableImage::device),
+        ),
+        case(
+            "direct.express",
+            "queues without the lock of their disk: under verified load, with discards, a pause and another process between",
+            Pv,
+            express,
         ),
         case(
             "direct.serves_file",
@@ -266,6 +273,67 @@ fn serves(context: &mut Context, place: Make) -> Result<()> {
         shown.to_string().contains("\"direct\""),
         "tap-ctl list does not say that the kernel serves the disk: {shown}"
     );
+    disk.detach(context.pv()?)
+}
+
+/// Returns the number of requests that the queues of a disk have executed without its lock.
+fn in_express(disk: &ServedDisk) -> Result<u64> {
+    let mapped = Control::open()?.mapped(disk.minor)?;
+    Ok(mapped
+        .context("the module counts nothing of the map")?
+        .express)
+}
+
+/// Waits until the queues have executed more requests without the lock of their disk.
+fn wait_express(disk: &ServedDisk) -> Result<()> {
+    let before = in_express(disk)?;
+    sh::wait_for("requests in express", FIO, || {
+        Ok(in_express(disk)? >= before + 100)
+    })
+}
+
+fn express(context: &mut Context) -> Result<()> {
+    let place = MappableImage::device(context)?;
+    let disk = attach(context, &place)?;
+    let minor = disk.minor.to_string();
+    // Discards would be for the process, so the load makes none.
+    let load = start_load_with(context.pv()?, "")?;
+    for _ in 0..3 {
+        wait_express(&disk)?;
+        let before = disk.info()?.committed;
+        context
+            .pv()?
+            .run(&format!("blkdiscard -o 15M -l 1M {DEVICE}"))?;
+        ensure!(
+            disk.info()?.committed > before,
+            "the process has not executed the discard: {:?}",
+            disk.info()
+        );
+    }
+    wait_express(&disk)?;
+    tap::ctl(&["pause", "-m", &minor])?;
+    let (paused, count) = (disk.info()?, in_express(&disk)?);
+    ensure!(
+        paused.backings == 0 && paused.executing == 0,
+        "the kernel has not let go of a paused disk: {paused:?}"
+    );
+    sh::wait_for("requests that wait", SOON, || Ok(disk.info()?.waiting > 0))?;
+    let later = in_express(&disk)?;
+    ensure!(
+        later == count,
+        "{count} requests, then {later} were executed while the disk was paused"
+    );
+    tap::ctl(&["unpause", "-m", &minor])?;
+    wait_express(&disk)?;
+    disk.replace()?;
+    wait_express(&disk)?;
+    let guest = context.pv()?;
+    let told = end_load(guest, load)?;
+    same(guest, &place.image, 16)?;
+    context.note(&format!(
+        "{} requests in express; {told}",
+        in_express(&disk)?
+    ))?;
     disk.detach(context.pv()?)
 }
 
