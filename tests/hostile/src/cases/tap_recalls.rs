@@ -13,9 +13,10 @@ use crate::tap::signal::InterruptibleThread;
 use crate::tap::{expect, TapDisk, TapNode, CLAIMS, SECTORS};
 use crate::wait;
 use crate::wire::{rw, OKAY};
-use anyhow::{anyhow, ensure, Context, Result};
+use anyhow::{anyhow, bail, ensure, Context, Result};
 use ring::abi::{OP_READ, OP_WRITE};
 use ring::tap::abi::{GEOMETRY_WRITE_CACHE, STATE_LIVE};
+use ring::tap::shadow::express::STREAK;
 use std::io::Read;
 use std::os::fd::AsRawFd;
 use std::path::Path;
@@ -35,6 +36,10 @@ pub(super) fn all() -> Vec<AttackCase> {
             "a recall waits for a device that stands still, nobody else does, and a signal ends it"
         ),
         case!(
+            tap_recalls::tap_recall_in_express,
+            "a process takes parts back while a queue has express and continues: each recall ends"
+        ),
+        case!(
             tap_recalls::tap_maps_of_before,
             "what the process before has said and found out counts no more"
         ),
@@ -47,6 +52,8 @@ const NAME: &str = "hostile-standstill";
 const ELSEWHERE: u64 = 8192;
 /// The page for reads; others hold data of writes.
 const ASIDE: usize = 40;
+/// Reads after which a queue has express.
+const READS: u64 = 2 * STREAK as u64;
 /// Operations that do not need the device must end in this time.
 const PROMPT: Duration = Duration::from_secs(5);
 
@@ -241,6 +248,52 @@ fn tap_recall_stands_still(lab: &mut Lab) -> Result<()> {
     drop(file);
     backed.finish()?;
     device.remove()
+}
+
+fn tap_recall_in_express(lab: &mut Lab) -> Result<()> {
+    const ROUNDS: u32 = 8;
+    let mut backed = BackedDisk::new(lab)?;
+    backed.scene.session.keep_grants()?;
+    backed.map_all()?;
+    let TapScene {
+        session,
+        node,
+        disk,
+        ..
+    } = &mut backed.scene;
+    for round in 0..ROUNDS {
+        let before = mapped(disk)?.express;
+        for id in 0..READS {
+            session.expect(&rw(OP_READ, id, 0, &[session.seg(ASIDE)]), OKAY)?;
+        }
+        let now = mapped(disk)?.express;
+        ensure!(
+            now > before,
+            "round {round}: none of {READS} reads was in express"
+        );
+        recall_under_reads(session, node)?;
+    }
+    backed.finish()
+}
+
+/// Checks that the recall of a range without requests ends while the guest continues to read another range.
+fn recall_under_reads(session: &mut Session, node: &TapNode) -> Result<()> {
+    thread::scope(|scope| -> Result<()> {
+        let recaller = scope.spawn(|| node.maps(&[recall(ELSEWHERE, 8)]));
+        let begun = Instant::now();
+        let mut id = READS;
+        while !recaller.is_finished() {
+            session.expect(&rw(OP_READ, id, 0, &[session.seg(ASIDE)]), OKAY)?;
+            id += 1;
+            if begun.elapsed() > ANSWER {
+                // Without any mapping no queue executes anything, so both recalls end.
+                node.maps(&[recall(0, u64::MAX)])?;
+                bail!("a recall has waited for {id} reads of another range");
+            }
+        }
+        let ended = recaller.join().map_err(|_| anyhow!("a thread died"))?;
+        ended.context("a recall under load").map(drop)
+    })
 }
 
 /// Returns the typical latency of the bystander's requests.
