@@ -319,8 +319,8 @@ impl Backend for TapQueue {
             if executor.must_leave_express(&self.share.express) {
                 executor.leave_express(&self.disk, self.place, &self.share.express);
             }
-            executor.express.show(&self.share.express);
         }
+        self.show_express();
         self.disk.fail_overdue();
         if !self.share.done.load(Relaxed) || !self.share.done.xchg(false, Full) {
             return;

@@ -154,6 +154,8 @@ pub struct MachineSetup {
     pub holds: u64,
     /// I/Os that the disk gives back because their data is mapped, in a hundred: at submission, or later.
     pub gives_back: u64,
+    /// Its completions can be collected in any context, while the worker waits.
+    pub reaps_anywhere: bool,
     /// The disk serves the oldest I/O first, so that none waits for ever.
     pub fifo: bool,
     /// Accesses to the ring during which the rest of the machine makes progress, in a hundred.
@@ -228,6 +230,7 @@ impl Default for MachineSetup {
             synchronous: 0,
             holds: 0,
             gives_back: 0,
+            reaps_anywhere: true,
             fifo: false,
             race: 0,
             measures: 0,

@@ -90,7 +90,10 @@ impl Backend for FakeDisk {
     }
 
     fn reap_context(&self) -> ReapContext {
-        ReapContext::Any
+        match self.machine.borrow().setup.reaps_anywhere {
+            true => ReapContext::Any,
+            false => ReapContext::Thread,
+        }
     }
 
     fn reap_anywhere(&mut self, done: impl FnMut(QueueTag, ResponseStatus)) -> bool {

@@ -85,6 +85,7 @@ pub fn random_setup(rng: &mut Rng) -> MachineSetup {
         synchronous: rng.pick(&[0u64, 0, 30, 100]),
         holds: 0,
         gives_back: 0,
+        reaps_anywhere: true,
         fifo: rng.percent(25),
         race: rng.pick(&[0u64, 5, 30]),
         measures: rng.pick(&[0u64, 0, 3, 30]),

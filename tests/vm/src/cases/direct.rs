@@ -19,7 +19,7 @@ use crate::tap::{self, EventLog, ServedDisk};
 use crate::{sh, sys};
 use anyhow::{ensure, Context as _, Result};
 use diskio::LockKind;
-use ring::tap::abi::STATE_LIVE;
+use ring::tap::abi::{Info, STATE_LIVE};
 use std::fs::File;
 use std::io::ErrorKind;
 use std::os::fd::AsFd;
@@ -313,10 +313,7 @@ fn express(context: &mut Context) -> Result<()> {
     wait_express(&disk)?;
     tap::ctl(&["pause", "-m", &minor])?;
     let (paused, count) = (disk.info()?, in_express(&disk)?);
-    ensure!(
-        paused.backings == 0 && paused.executing == 0,
-        "the kernel has not let go of a paused disk: {paused:?}"
-    );
+    has_let_go(&paused)?;
     sh::wait_for("requests that wait", SOON, || Ok(disk.info()?.waiting > 0))?;
     let later = in_express(&disk)?;
     ensure!(
@@ -576,6 +573,15 @@ fn without_process(context: &mut Context, place: Make) -> Result<()> {
     disk.detach(context.pv()?)
 }
 
+/// Checks that the kernel has nothing of a paused disk.
+fn has_let_go(paused: &Info) -> Result<()> {
+    ensure!(
+        paused.backings == 0 && paused.executing == 0,
+        "the kernel has not let go of a paused disk: {paused:?}"
+    );
+    Ok(())
+}
+
 fn pause(context: &mut Context, place: Make) -> Result<()> {
     let place = place(context)?;
     let disk = attach(context, &place)?;
@@ -586,10 +592,7 @@ fn pause(context: &mut Context, place: Make) -> Result<()> {
         wait_direct(&disk, 50)?;
         tap::ctl(&["pause", "-m", &minor])?;
         let paused = disk.info()?;
-        ensure!(
-            paused.backings == 0 && paused.executing == 0,
-            "the kernel has not let go of a paused disk: {paused:?}"
-        );
+        has_let_go(&paused)?;
         sh::wait_for("requests that wait", SOON, || Ok(disk.info()?.waiting > 0))?;
         let later = disk.info()?;
         ensure!(

@@ -22,7 +22,7 @@
 
 use core::ops::DerefMut;
 
-use super::passthrough::MapLookup;
+use super::passthrough::{bit, MapLookup};
 use super::Shadow;
 use crate::ring::tap::extent::ExpressExtent;
 use crate::ring::tap::table::TagEntry;
@@ -121,8 +121,4 @@ impl<S: DerefMut<Target = [TagEntry]>, M: MapLookup> Shadow<S, M> {
     pub fn has_express(&self) -> bool {
         self.express.having != 0
     }
-}
-
-fn bit(queue: u16) -> u64 {
-    1u64.wrapping_shl(u32::from(queue))
 }

@@ -569,6 +569,7 @@ impl<S: DerefMut<Target = [TagEntry]>, M: MapLookup> Shadow<S, M> {
     }
 }
 
-fn bit(queue: u16) -> u64 {
+/// Returns the bit of a queue in a word of all queues.
+pub(super) fn bit(queue: u16) -> u64 {
     1u64.wrapping_shl(u32::from(queue))
 }
